@@ -1,0 +1,48 @@
+"""Train, measure, export and use Stable-Diffusion-style image autoencoders (KL-VAEs).
+
+The public names below are imported on first use, so that `import sdvae` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sdvae._version import __version__
+
+if TYPE_CHECKING:
+    from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
+    from sdvae.codec.run import decode_folder, encode_folder
+    from sdvae.model.autoencoder import AutoencoderKL
+    from sdvae.training.loop import train
+
+_HOMES = {
+    "AutoencoderKL": "sdvae.model.autoencoder",
+    "load_autoencoder": "sdvae.checkpoints.store",
+    "save_autoencoder": "sdvae.checkpoints.store",
+    "to_diffusers": "sdvae.checkpoints.store",
+    "encode_folder": "sdvae.codec.run",
+    "decode_folder": "sdvae.codec.run",
+    "train": "sdvae.training.loop",
+}
+
+__all__ = [
+    "AutoencoderKL",
+    "__version__",
+    "decode_folder",
+    "encode_folder",
+    "load_autoencoder",
+    "save_autoencoder",
+    "to_diffusers",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sdvae' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

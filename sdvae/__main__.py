@@ -1,0 +1,5 @@
+"""`python -m sdvae` is the command `sdvae`."""
+
+from sdvae.cli.main import main
+
+main()

@@ -1,0 +1,243 @@
+"""Says what a path holds, and from which evidence: file names and the header of a safetensors file, never the weights.
+
+Imports no torch. Pickle files are not opened here; `store` opens them with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sdvae.errors import CheckpointError
+
+__all__ = [
+    "CONFIG_NAME",
+    "PICKLE_SUFFIXES",
+    "WEIGHT_SUFFIXES",
+    "Found",
+    "Kind",
+    "VaeFiles",
+    "find_vae_files",
+    "identify",
+    "kind_of_keys",
+    "list_names",
+    "read_json",
+    "read_shapes",
+    "shard_names",
+    "some",
+]
+
+CONFIG_NAME = "config.json"
+_STEM = "diffusion_pytorch_model"
+PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
+
+# In the order in which diffusers looks for them.
+_PLAIN = tuple(f"{_STEM}.{end}" for end in ("safetensors.index.json", "safetensors", "bin.index.json", "bin"))
+_VARIANT = re.compile(
+    rf"{_STEM}\.(?:(?P<one>[^.]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.(?P<many>[^.]+)\.json)"
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+_DIFFUSERS_KEY = re.compile(r"(.*?)(?:encoder\.down|decoder\.up)_blocks\.\d+\.resnets\.\d+\.norm1\.weight")
+_LDM_KEY = re.compile(r"(.*?)(?:encoder\.down|decoder\.up)\.\d+\.block\.\d+\.norm1\.weight")
+_TINY_KEY = re.compile(r"(?:encoder\.layers\.|decoder\.layers\.|)\d+\.conv\.0\.weight")
+
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+class Kind(StrEnum):
+    """What a path can hold; the value reads well in a message."""
+
+    FOLDER = "diffusers VAE folder"
+    PIPELINE = "diffusers pipeline folder"
+    FILE = "VAE file with diffusers keys"
+    PREFIXED = "file with diffusers VAE keys behind a prefix"
+    LDM = "VAE file with LDM keys"
+    LDM_CHECKPOINT = "whole checkpoint with LDM keys"
+    TINY = "tiny autoencoder (TAESD)"
+    PICKLE = "pickle file"
+    OTHER = "file that holds no VAE known here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a path holds."""
+
+    kind: Kind
+    evidence: str  # a phrase: which file or key showed it
+    weights: Path  # the weights file, or the index of several
+    config: Path | None  # the config.json that belongs to it, if there is one
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeFiles:
+    """The VAE's own files among the names in a folder or repository."""
+
+    folder: str  # "" or a subfolder such as "vae", posix
+    weights: str  # name of the weights file, or of the index of several, in `folder`
+    has_config: bool
+
+    def path_of(self, name: str) -> str:
+        """Name relative to where the search began."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
+def identify(path: Path, subfolder: str | None = None) -> Found:
+    """Say what an existing file or folder holds.
+
+    Raises: CheckpointError where a folder holds no VAE, or a safetensors file is damaged; it names what is there.
+    """
+    if path.is_dir():
+        return _identify_folder(path, subfolder)
+    config = path.with_name(CONFIG_NAME)
+    config_or_none = config if config.is_file() else None
+    if path.suffix in PICKLE_SUFFIXES:
+        return Found(kind=Kind.PICKLE, evidence=f"suffix {path.suffix}", weights=path, config=config_or_none)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: not a weights file; expected the suffix {', '.join(sorted(WEIGHT_SUFFIXES))}, or a folder that "
+            f"holds such a file"
+        )
+    kind, evidence = kind_of_keys(read_shapes(path))
+    return Found(kind=kind, evidence=evidence, weights=path, config=config_or_none)
+
+
+def _identify_folder(path: Path, subfolder: str | None) -> Found:
+    names = list_names(path, [subfolder] if subfolder else ["vae"])
+    try:
+        files = find_vae_files(names, subfolder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if files is None:
+        where = f"{subfolder}/" if subfolder else "it and in its folder vae/"
+        raise CheckpointError(
+            f"{path}: no VAE in this folder: looked in {where} for {_STEM}.safetensors, .bin, their variants and "
+            f"indexes; it holds {some(names)}"
+        )
+    folder = path / files.folder
+    return Found(
+        kind=Kind.PIPELINE if files.folder or "model_index.json" in names else Kind.FOLDER,
+        evidence=f"file {files.path_of(files.weights)}",
+        weights=folder / files.weights,
+        config=folder / CONFIG_NAME if files.has_config else None,
+    )
+
+
+def list_names(folder: Path, subfolders: Iterable[str] = ("vae",)) -> list[str]:
+    """Files in a folder and in some of its subfolders, relative and posix, sorted."""
+    folders = [folder, *(folder / name for name in subfolders)]
+    files = [path for inside in folders if inside.is_dir() for path in inside.iterdir() if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def find_vae_files(names: Collection[str], subfolder: str | None = None) -> VaeFiles | None:
+    """Find the VAE among file names: in `subfolder` if given, else at the top, else in `vae/`.
+
+    Raises: CheckpointError where only variants (fp16, ema, ...) are there, and more than one.
+    """
+    for folder in [""] + ["vae"] if subfolder is None else [subfolder.strip("/")]:
+        start = f"{folder}/" if folder else ""
+        own = {name.removeprefix(start) for name in names if name.startswith(start)}
+        if weights := _choose_weights(own):
+            return VaeFiles(folder=folder, weights=weights, has_config=CONFIG_NAME in own)
+    return None
+
+
+def _choose_weights(names: Collection[str]) -> str | None:
+    for name in _PLAIN:
+        if name in names:
+            return name
+    variants: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if (match := _VARIANT.fullmatch(name)) and not _SHARD.search(name):
+            variants.setdefault(match["one"] or match["many"], []).append(name)
+    if len(variants) > 1:
+        raise CheckpointError(
+            f"several variants of the weights ({', '.join(variants)}), and none that is plain; pass the path of the "
+            f"file that is meant"
+        )
+    found = [name for files in variants.values() for name in files]
+    return min(found, key=lambda name: ("safetensors" not in name, "index" not in name), default=None)
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """Weight name -> file name, from the index of weights that were saved in several files."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: an index of weights needs a `weight_map` of weight names to file names")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in WEIGHT_SUFFIXES:
+            raise CheckpointError(f"{index}: {name!r} is not the name of a weights file beside the index")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in a safetensors file, from its header alone.
+
+    Raises: CheckpointError for a file that is truncated, damaged or something else.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        raw = file.read(header_bytes) if header_bytes <= min(size, _MAX_HEADER_BYTES) else b""
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        promised = 8 + header_bytes + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or cut off in its header{_what_it_is(start)}"
+        ) from error
+    if size != promised:
+        raise CheckpointError(
+            f"{path}: damaged: the file has {size} bytes, its header promises {promised}; copy or download it again"
+        )
+    return shapes
+
+
+def _what_it_is(start: bytes) -> str:
+    if start == b"version ":
+        return "; it looks like a Git LFS pointer: `git lfs pull` fetches the weights themselves"
+    if start[:2] == b"PK":
+        return "; it looks like a file of torch.save: give it the suffix .bin or .pt"
+    return "; copy or download it again"
+
+
+def kind_of_keys(names: Collection[str]) -> tuple[Kind, str]:
+    """What weights of these names are, and the name that shows it."""
+    for pattern, bare, prefixed in (
+        (_DIFFUSERS_KEY, Kind.FILE, Kind.PREFIXED),
+        (_LDM_KEY, Kind.LDM, Kind.LDM),
+    ):
+        if match := next(filter(None, map(pattern.fullmatch, names)), None):
+            if bare is Kind.LDM and any(name.startswith("model.diffusion_model.") for name in names):
+                return Kind.LDM_CHECKPOINT, f"keys `{match[0]}` and `model.diffusion_model.*`"
+            return (prefixed if match[1] else bare), f"key `{match[0]}`"
+    if match := next(filter(None, map(_TINY_KEY.fullmatch, names)), None):
+        return Kind.TINY, f"key `{match[0]}`"
+    return Kind.OTHER, f"{len(names)} keys: {some(sorted(names))}"
+
+
+def some(names: Collection[str], limit: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(list(names)[:limit]) or "nothing"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,0 +1,43 @@
+"""`sdvae encode`: images -> latent files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from sdvae.cli.execute import plan_or_run
+from sdvae.cli.options import announce_vae, encode_options, image_options, run_options, vae_option, write_options
+from sdvae.codec.options import EncodeOptions
+
+__all__ = ["encode_command"]
+
+
+@click.command(
+    name="encode",
+    epilog="""\b
+Examples:
+  sdvae encode photos latents
+  sdvae encode 'photos/**/*.jpg' latents --vae my-vae --size 512 --crop center""",
+)
+@click.argument("images")
+@click.argument("out", type=click.Path())
+@vae_option
+@encode_options
+@image_options
+@run_options
+@write_options
+@click.pass_context
+def encode_command(
+    ctx: click.Context, /, images: str, out: str, vae: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Encode IMAGES into one latent file each, in the folder OUT.
+
+    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list. Run again, it does what is
+    missing or stale: where the image, the VAE or the options changed.
+    """
+    encode_settings = EncodeOptions(**options)
+    announce_vae(vae)
+    from sdvae.codec.run import EncodeRun
+
+    plan_or_run(ctx, EncodeRun(images, out, vae, encode_settings), dry_run, as_json)

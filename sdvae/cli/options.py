@@ -1,0 +1,125 @@
+"""Options that several commands share. Defaults and choices come from `sdvae.codec.options`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from sdvae.cli.output import note
+from sdvae.codec.options import COMPUTE_DTYPES, CROPS, DEVICES, LATENT_DTYPES, STORES, EncodeOptions, RunOptions
+
+__all__ = [
+    "announce_vae",
+    "encode_options",
+    "image_options",
+    "json_option",
+    "run_options",
+    "vae_option",
+    "write_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, listed by the help in the order given."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+vae_option = click.option(
+    "--vae", metavar="REF", help="The VAE: a folder, a file or a hub id.  [default: the bundled one]"
+)
+
+run_options = _together(
+    click.option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default=RunOptions.device,
+        show_default=True,
+        help="auto: cuda, mps, cpu.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(COMPUTE_DTYPES),
+        default=RunOptions.dtype,
+        show_default=True,
+        help="Precision of the computation.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Images of one size that go through the VAE together.  [default: about 2 megapixels]",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Threads that read, and as many that write.  [default: one per core, at most 8]",
+    ),
+)
+
+encode_options = _together(
+    click.option(
+        "--store",
+        type=click.Choice(STORES),
+        default=EncodeOptions.store,
+        show_default=True,
+        help="moments: mean and logvar of the posterior; mode: z = mean; sample: one draw of z.",
+    ),
+    click.option(
+        "--seed", type=int, default=EncodeOptions.seed, show_default=True, help="Of the draw of --store sample."
+    ),
+    click.option(
+        "--latent-dtype",
+        type=click.Choice(LATENT_DTYPES),
+        default=EncodeOptions.latent_dtype,
+        show_default=True,
+        help="Precision in the file.",
+    ),
+)
+
+image_options = _together(
+    click.option("--size", type=click.IntRange(min=1), metavar="N", help="Resize the short side to N px first."),
+    click.option(
+        "--crop",
+        type=click.Choice(CROPS),
+        default=EncodeOptions.crop,
+        show_default=True,
+        help="center: cut the resized image to N x N.",
+    ),
+    click.option(
+        "--background",
+        metavar="COLOUR",
+        default=EncodeOptions.background,
+        show_default=True,
+        help="Under transparent pixels: a name or #rrggbb.",
+    ),
+    click.option(
+        "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger images.  [default: 134217728]"
+    ),
+)
+
+write_options = _together(
+    click.option("--overwrite", is_flag=True, help="Do again what is done; replace files that sdvae did not write."),
+    click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing."),
+    json_option,
+)
+
+
+def announce_vae(vae: str | None) -> None:
+    """Say on stderr which VAE serves where none was given."""
+    if vae is None:
+        from sdvae.checkpoints.store import BUNDLED_NAME
+
+        note(f"No --vae given: using the bundled {BUNDLED_NAME}.")

@@ -1,0 +1,214 @@
+"""The loop that encoding and decoding share: read ahead, batch, compute, write behind, count, and survive bad files.
+
+It knows plans, tensors and threads, and nothing of what a VAE does with a batch.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdvae.codec.files import remove_leftovers
+from sdvae.codec.latent_header import LatentHeader
+from sdvae.codec.loading import LoadedVae
+from sdvae.codec.options import RunOptions
+from sdvae.codec.pipeline import WriteBehind, group_by_shape, read_ahead
+from sdvae.codec.plan import Item, Plan, reason_without_path
+from sdvae.codec.reports import FileReason
+from sdvae.errors import ConfigError, SdvaeError
+
+__all__ = ["Member", "OnProgress", "Tally", "carry_out"]
+
+OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One file that was read: the tensor that goes into a batch, and what its latent file says."""
+
+    item: Item
+    tensor: Tensor  # x (3, H, W) with its padding, or z (C, h, w)
+    header: LatentHeader
+
+
+@dataclass
+class Tally:
+    """What happened so far."""
+
+    on_progress: OnProgress | None
+    total: int
+    started: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    megapixels: float = 0.0
+    failures: list[FileReason] = field(default_factory=list)
+    notes: list[FileReason] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def succeed(self, member: Member) -> None:
+        self.done += 1
+        self.megapixels += _pixels(member) / 1e6
+        self.notes += [_about(member.item, note) for note in member.header.notes]
+        self._tell()
+
+    def fail(self, item: Item, error: Exception) -> None:
+        reason = reason_without_path(error, item.source).removeprefix(f"{item.output}: ")
+        self.failures.append(_about(item, reason))
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.done + len(self.failures), self.total)
+
+    def to_fields(self, plan: Plan, out: Path, vae: LoadedVae) -> dict[str, Any]:
+        """The fields of a `CodecReport`."""
+        failures = self.failures + [_about(item, item.reason) for item in plan.failures]
+        return {
+            "out": str(out),
+            "vae": vae.record.name,
+            "vae_digest": vae.record.digest,
+            "device": str(vae.device),
+            "dtype": vae.record.dtype,
+            "done": self.done,
+            "skipped": len(plan.skips),
+            "failed": len(failures),
+            "seconds": time.perf_counter() - self.started,
+            "megapixels": self.megapixels,
+            "failures": tuple(sorted(failures, key=lambda failure: failure.key)),
+            "notes": tuple(self.notes),
+            "warnings": tuple(self.warnings),
+        }
+
+
+def carry_out(
+    plan: Plan,
+    out: Path,
+    options: RunOptions,
+    *,
+    read: Callable[[Item], Member],
+    compute: Callable[[Sequence[Member]], Sequence[Tensor]],
+    write: Callable[[Member, Tensor], None],
+    on_progress: OnProgress | None,
+) -> Tally:
+    """Do the jobs of a plan. `read` and `write` run in threads, `compute` in this one.
+
+    A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
+    Raises: ConfigError where `out` cannot be made; SdvaeError where the disk is full.
+    """
+    tally = Tally(on_progress, total=len(plan.jobs))
+
+    def on_done(member: Member, error: Exception | None) -> None:
+        if error is None:
+            tally.succeed(member)
+        elif isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise _disk_full(error, member.item.output, tally) from error
+        else:
+            tally.fail(member.item, error)
+
+    _make_folder(out)
+    remove_leftovers({out} | {item.output.parent for item in plan.items})
+    split = _Splitting(compute, tally.warnings)
+    loaded = read_ahead(plan.jobs, read, _pixels, options.num_workers)
+    with (
+        closing(loaded),
+        WriteBehind(options.num_workers, on_done) as writer,
+        torch.inference_mode(),
+    ):
+        for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size):
+            for member, result in zip(batch, split(batch), strict=True):
+                if isinstance(result, Exception):
+                    tally.fail(member.item, result)
+                else:
+                    writer.submit(member, partial(write, member, result), _pixels(member))
+    return tally
+
+
+def _shape(member: Member) -> torch.Size:
+    return member.tensor.shape
+
+
+def _pixels(member: Member) -> int:
+    return member.header.image.width * member.header.image.height
+
+
+def _readable(loaded: Iterable[tuple[Item, Member | Exception]], tally: Tally) -> Iterator[Member]:
+    for item, result in loaded:
+        if isinstance(result, Exception):
+            tally.fail(item, result)
+        else:
+            yield result
+
+
+class _Splitting:
+    """Computes a batch; one that fails is tried again image by image, so that only the bad ones are lost.
+
+    Once memory ran out, all batches that follow go image by image too: the next large one would only fail again.
+    """
+
+    def __init__(self, compute: Callable[[Sequence[Member]], Sequence[Tensor]], warnings: list[str]) -> None:
+        self._compute = compute
+        self._warnings = warnings
+        self._singly = False
+
+    def __call__(self, batch: Sequence[Member]) -> list[Tensor | Exception]:
+        if self._singly or len(batch) == 1:
+            return [self._one(member) for member in batch]
+        try:
+            return list(self._compute(batch))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if _is_out_of_memory(error):
+                self._singly = True
+                self._warnings.append(f"out of memory with a batch of {len(batch)}: went on image by image")
+        # Only here, where the exception is gone: its frames hold the tensors of the failed batch.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [self._one(member) for member in batch]
+
+    def _one(self, member: Member) -> Tensor | Exception:
+        try:
+            return self._compute([member])[0]
+        except RuntimeError as error:
+            size = f"{member.header.image.width} x {member.header.image.height} px"
+            if _is_out_of_memory(error):
+                return SdvaeError(
+                    f"out of memory at {size}: encode it smaller (--size), or on a device with more memory"
+                )
+            return SdvaeError(f"the VAE failed at {size}: {error}")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS, CPU on Linux, on Windows
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: this folder cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"{out}: this folder cannot be written to")
+
+
+def _disk_full(error: OSError, output: Path, tally: Tally) -> SdvaeError:
+    free = shutil.disk_usage(output.parent).free
+    return SdvaeError(
+        f"{output}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written and "
+        "are whole; make room, then run the same command again to continue"
+    )
+
+
+def _about(item: Item, reason: str) -> FileReason:
+    return FileReason(key=item.key, source=str(item.source), reason=reason)

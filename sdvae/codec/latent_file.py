@@ -1,0 +1,92 @@
+"""One latent on disk: the posterior (mean and logvar) or one z, and the header that says where it comes from.
+
+Everything stored is z space, never scaled; `LatentFile.latents` scales. docs/latent-files.md describes the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sdvae.codec.files import write_atomic
+from sdvae.codec.latent_header import TENSOR_NAMES, LatentHeader, read_header
+from sdvae.errors import LatentFileError
+
+__all__ = ["LatentFile"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentFile:
+    """A latent with its header.
+
+    tensors: `mean` and `logvar`, or `z`, by `header.space`; each (C, h, w), float16 or float32, on the CPU.
+    """
+
+    header: LatentHeader
+    tensors: Mapping[str, Tensor]
+
+    def z(self, generator: torch.Generator | None = None) -> Tensor:
+        """z, not scaled: what the VAE decodes.
+
+        generator: draw from the posterior with it; None takes the mean. A file that keeps only z gives that z.
+        Returns: (C, h, w), float32.
+        """
+        if self.header.space == "z":
+            return self.tensors["z"].float()
+        mean = self.tensors["mean"].float()
+        if generator is None:
+            return mean
+        return mean + torch.exp(0.5 * self.tensors["logvar"].float()) * torch.randn(mean.shape, generator=generator)
+
+    def latents(self, generator: torch.Generator | None = None) -> Tensor:
+        """What a diffusion model sees: (z - shift_factor) * scaling_factor. Arguments and result as `z`."""
+        vae = self.header.vae
+        return (self.z(generator) - (vae.shift_factor or 0.0)) * vae.scaling_factor
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; replaces what is there.
+
+        Raises: LatentFileError for values that are not finite; OSError.
+        """
+        path = Path(path)
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise LatentFileError(
+                    f"{path}: {name} is not finite in {self.header.latent_dtype}; compute and store in float32"
+                )
+        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_atomic(save(contiguous, metadata=self.header.to_metadata()), path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatentFile:
+        """Read a file that `write` wrote. Raises: LatentFileError, which names the file and the reason."""
+        path = Path(path)
+        header = read_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in TENSOR_NAMES[header.space]}
+        except (OSError, SafetensorError) as error:
+            raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
+        _check_tensors(header, tensors, path)
+        return cls(header=header, tensors=tensors)
+
+
+def _check_tensors(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+    ratio, image, padding = header.vae.spatial_compression_ratio, header.image, header.padding
+    covered = (image.height + padding.top + padding.bottom, image.width + padding.left + padding.right)
+    for name, tensor in tensors.items():
+        if tensor.ndim != 3 or (tensor.shape[1] * ratio, tensor.shape[2] * ratio) != covered:
+            raise LatentFileError(
+                f"{path}: damaged latent file: {name} has shape {tuple(tensor.shape)}, which at {ratio} px per "
+                f"position does not cover a padded image of {covered[0]} x {covered[1]} px (height x width)"
+            )
+        if not torch.isfinite(tensor).all():
+            raise LatentFileError(f"{path}: damaged latent file: {name} has values that are not finite")
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        raise LatentFileError(f"{path}: damaged latent file: its tensors differ in shape")

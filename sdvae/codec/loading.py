@@ -1,0 +1,84 @@
+"""The VAE of a run: where it comes from, on which device and in which dtype it runs, and the record of its identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_autoencoder
+from sdvae.codec.latent_header import VaeRecord
+from sdvae.codec.options import RunOptions
+from sdvae.errors import ConfigError
+from sdvae.model.autoencoder import AutoencoderKL
+
+__all__ = ["LoadedVae", "VaeRef", "choose_device", "open_vae"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedVae:
+    """A VAE that is ready to run."""
+
+    model: AutoencoderKL
+    record: VaeRecord
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        # 3x3 convolutions on CPUs are faster on channels_last; elsewhere it is left as it comes.
+        return torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+
+
+VaeRef = str | Path | AutoencoderKL | LoadedVae | None
+
+
+def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
+    """Load a VAE for a run.
+
+    vae: a reference for `load_autoencoder`, None for the bundled one, or a loaded model, which is used as it stands: on
+    its own device and in its own dtype, whatever the options say. A `LoadedVae` comes back.
+    Raises: ConfigError for a device that is not there; CheckpointError for a VAE that cannot be loaded.
+    """
+    if isinstance(vae, LoadedVae):
+        return vae
+    if isinstance(vae, AutoencoderKL):
+        weight = next(vae.parameters())
+        device, dtype = weight.device, weight.dtype
+        model, digest, name = vae, autoencoder_digest(vae), str(vae.config.get("_name_or_path") or type(vae).__name__)
+    else:
+        device, dtype = choose_device(options.device), getattr(torch, options.dtype)
+        model = load_autoencoder(vae)
+        digest, name = autoencoder_digest(model), BUNDLED_NAME if vae is None else str(vae)
+        torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own `to` warns of a list that is empty
+    if (model.config.in_channels, model.config.out_channels) != (3, 3):
+        raise ConfigError(f"{name}: this VAE has {model.config.in_channels} input channels; images have 3")
+    record = VaeRecord(
+        name=name,
+        digest=digest,
+        dtype=str(dtype).removeprefix("torch."),
+        spatial_compression_ratio=model.spatial_compression_ratio,
+        scaling_factor=float(model.config.scaling_factor),
+        shift_factor=None if model.config.shift_factor is None else float(model.config.shift_factor),
+    )
+    loaded = LoadedVae(model=model, record=record, device=device, dtype=dtype)
+    if model is not vae:  # a model that was handed in is not changed
+        model.to(memory_format=loaded.memory_format)
+    return loaded
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name stands for; auto is cuda where there is one, else mps, else cpu.
+
+    Raises: ConfigError where the device is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
+    if not present[name]:
+        raise ConfigError(
+            f"device '{name}' is not available to torch {torch.__version__}; "
+            "use --device cpu, or auto to take what is there"
+        )
+    return torch.device(name)

@@ -1,0 +1,118 @@
+"""The settings of encoding and decoding, with their defaults and their allowed values. No torch.
+
+The Python functions and the command line both take their defaults from here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sdvae.errors import ConfigError
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "CROPS",
+    "DEVICES",
+    "IMAGE_FORMATS",
+    "LATENT_DTYPES",
+    "STORES",
+    "DecodeOptions",
+    "EncodeOptions",
+    "default_workers",
+]
+
+STORES = ("moments", "mode", "sample")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+LATENT_DTYPES = ("float16", "float32")
+CROPS = ("none", "center")
+IMAGE_FORMATS = {"png": ".png", "webp": ".webp", "jpg": ".jpg"}
+
+
+def default_workers() -> int:
+    """One thread per CPU core; more than 8 wait on the disk or on each other."""
+    return min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What encoding and decoding have in common."""
+
+    device: str = "auto"  # auto: cuda where there is one, else mps, else cpu
+    dtype: str = "float32"  # of the computation
+    batch_size: int | None = None  # images of equal size that go through the VAE together; None: about 2 megapixels
+    workers: int | None = None  # threads that read, and as many that write; None: one per core, at most 8
+    overwrite: bool = False  # do again what is done, and replace files that sdvae did not write
+
+    def __post_init__(self) -> None:
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("dtype", self.dtype, COMPUTE_DTYPES)
+        _check_positive("batch_size", self.batch_size)
+        _check_positive("workers", self.workers)
+
+    @property
+    def num_workers(self) -> int:
+        """The number of threads, with the default filled in."""
+        return default_workers() if self.workers is None else self.workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions(RunOptions):
+    """How images become latent files."""
+
+    store: str = "moments"  # moments: mean and logvar; mode: z = mean; sample: one draw of z
+    latent_dtype: str = "float16"  # of the tensors in the file
+    seed: int = 0  # of the draw, for store=sample; each image has its own stream
+    size: int | None = None  # length of the short side in px after resizing; None: as it is
+    crop: str = "none"  # center: cut the resized image to size x size
+    background: str = "white"  # colour under transparent pixels
+    max_pixels: int | None = None  # larger images are refused; None: the limit of `read_image`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("store", self.store, STORES)
+        _check_choice("latent_dtype", self.latent_dtype, LATENT_DTYPES)
+        _check_choice("crop", self.crop, CROPS)
+        _check_positive("size", self.size)
+        _check_positive("max_pixels", self.max_pixels)
+        if self.crop != "none" and self.size is None:
+            raise ConfigError(f"crop is '{self.crop}', but no size is given; give both, for example size 512")
+        _check_colour(self.background)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(RunOptions):
+    """How latent files become images."""
+
+    format: str = "png"  # png, webp or jpg
+    quality: int | None = None  # 1..100 for jpg and webp; None: the default of the format
+    allow_other_vae: bool = False  # decode latents that another VAE made
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("format", self.format, IMAGE_FORMATS)
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ConfigError(f"quality is {self.quality}; expected 1 to 100")
+        if self.quality is not None and self.format == "png":
+            raise ConfigError("quality is given, but png is lossless; leave it out or choose the format webp or jpg")
+
+
+def _check_choice(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is '{value}'; expected one of {', '.join(known)}")
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} is {value}; expected 1 or more")
+
+
+def _check_colour(value: str) -> None:
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(value)
+    except ValueError:
+        raise ConfigError(f"background is '{value}'; expected a colour name or #rrggbb") from None

@@ -1,0 +1,321 @@
+"""Decides what a run has to do: files and options in, a list of jobs, skips and refusals with reasons out. No torch.
+
+`run.py` carries a plan out and `--dry-run` prints it. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import glob
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from sdvae.codec.decoded_image import ImageMark, read_mark
+from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
+from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, file_digest, os_reason
+from sdvae.errors import ConfigError, ImageError, LatentFileError
+
+__all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode"]
+
+UP_TO_DATE = "up to date"
+OTHER_VAE = "made by another VAE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One input file, what happens with it, and why."""
+
+    key: str  # path below the input folder, with "/"
+    source: Path
+    output: Path
+    action: Literal["run", "skip", "fail"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do, in its order."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def jobs(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.action == "run")
+
+    @property
+    def skips(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.action == "skip")
+
+    @property
+    def failures(self) -> tuple[Item, ...]:
+        return tuple(item for item in self.items if item.action == "fail")
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 where some files are refused."""
+        return 3 if self.failures else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, and the items in order."""
+        return {
+            "counts": {
+                "total": len(self.items),
+                "run": len(self.jobs),
+                "skip": len(self.skips),
+                "fail": len(self.failures),
+            },
+            "items": [asdict(item) | {"source": str(item.source), "output": str(item.output)} for item in self.items],
+        }
+
+
+@dataclass(frozen=True)
+class LatentSource:
+    """A latent file; `key` is its path below the input folder without ".safetensors"."""
+
+    key: str
+    path: Path
+
+
+def plan_encode(
+    images: Sequence[ImageFile], out: Path, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
+) -> Plan:
+    """What to encode. The output of photos/a.jpg is a.jpg.safetensors, so that a.png beside it has its own.
+
+    Done is what has an output that was made from the same bytes, by the same VAE, with the same options.
+    Raises: ConfigError where `out` is no folder.
+    """
+    _check_folder(out)
+
+    @cache
+    def header_at(name: str) -> LatentHeader | LatentFileError | None:
+        return _header_or_error(out / name)
+
+    def owner(name: str) -> str | None:
+        header = header_at(name)
+        return header.source.key if isinstance(header, LatentHeader) else None
+
+    names = _choose_names([image.key for image in images], _latent_names, owner)
+    items = []
+    for image in images:
+        found, stale = header_at(names[image.key]), None
+        if isinstance(found, LatentHeader):
+            stale = _why_latent_is_stale(found, image, options, preprocessing, vae)
+        output = out / names[image.key]
+        action, reason = _decide(output, isinstance(found, LatentHeader), stale, options.overwrite, "latent file")
+        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+    return Plan(items=tuple(items))
+
+
+def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptions, vae: VaeRecord) -> Plan:
+    """What to decode. The output of a.jpg.safetensors is a.png, or a.jpg.png where another image has that name.
+
+    Done is what has an output whose mark names the same latent, the same VAE and the same options.
+    Raises: ConfigError where `out` is no folder; LatentFileError where every latent is of another VAE.
+    """
+    _check_folder(out)
+    suffix = IMAGE_FORMATS[options.format]
+
+    @cache
+    def mark_at(name: str) -> ImageMark | None:
+        return read_mark(out / name)
+
+    def owner(name: str) -> str | None:
+        mark = mark_at(name)
+        return None if mark is None else mark.key
+
+    names = _choose_names([latent.key for latent in latents], lambda key: _image_names(key, suffix), owner)
+    items, refused = [], []
+    for latent in latents:
+        output = out / names[latent.key]
+        header = _header_or_error(latent.path)
+        if isinstance(header, LatentHeader):
+            mark = mark_at(names[latent.key])
+            stale = None if mark is None else _why_image_is_stale(mark, mark_for(latent.key, header, options, vae))
+            action, reason = _decide(output, mark is not None, stale, options.overwrite, "decoded image")
+            if header.vae.digest != vae.digest and not options.allow_other_vae:
+                action, reason = "fail", f"{OTHER_VAE}: '{header.vae.name}' ({_brief(header.vae.digest)})"
+                refused.append(header)
+        else:
+            action, reason = "fail", reason_without_path(header, latent.path) if header else "the file is gone"
+        items.append(Item(key=latent.key, source=latent.path, output=output, action=action, reason=reason))
+    if refused and len(refused) == len(items):
+        raise LatentFileError(
+            f"these latents were made by the VAE '{refused[0].vae.name}' ({_brief(refused[0].vae.digest)}), but this "
+            f"is '{vae.name}' ({_brief(vae.digest)}): give the right one with --vae, or decode all the same with "
+            "--allow-other-vae (allow_other_vae=True)"
+        )
+    return Plan(items=tuple(items))
+
+
+def mark_for(key: str, header: LatentHeader, options: DecodeOptions, vae: VaeRecord) -> ImageMark:
+    """The mark of the image that this latent decodes to."""
+    return ImageMark(
+        key=key,
+        latent_digest=header.latent_digest,
+        vae_digest=vae.digest,
+        dtype=vae.dtype,
+        quality=options.quality,
+    )
+
+
+def find_latents(spec: str | Path) -> list[LatentSource]:
+    """The latent files that `spec` names: a folder (with all below it, hidden ones left out), one file, or a glob.
+
+    Returns: sorted by key. Raises: ConfigError where nothing is found.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        root, paths = path, list(path.rglob("*" + LATENT_SUFFIX))
+    elif path.is_file():
+        return [LatentSource(path.name.removesuffix(LATENT_SUFFIX), path)]
+    else:
+        root = _fixed_part(path)
+        paths = [Path(name) for name in glob.glob(str(spec), recursive=True)]
+        paths = [path for path in paths if path.suffix == LATENT_SUFFIX]
+    found = []
+    for path in paths:
+        relative = path.relative_to(root)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            found.append(LatentSource(relative.as_posix().removesuffix(LATENT_SUFFIX), path))
+    if not found:
+        raise ConfigError(
+            f"{spec}: no latent files found; expected a folder, a file or a glob of *{LATENT_SUFFIX} files"
+        )
+    return sorted(found, key=lambda latent: latent.key)
+
+
+def reason_without_path(error: Exception, path: Path) -> str:
+    """An error's message without the path before it, for lists that name the file anyway."""
+    if isinstance(error, OSError):
+        return os_reason(error)
+    return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
+
+
+def _decide(
+    output: Path, is_ours: bool, stale: str | None, overwrite: bool, kind: str
+) -> tuple[Literal["run", "skip", "fail"], str]:
+    if not output.exists():
+        return "run", "new"
+    if output.is_dir():
+        return "fail", f"{output} is a folder"
+    if is_ours and stale is not None:
+        return "run", f"stale: {stale}"
+    if overwrite:
+        return "run", "overwrite"
+    if is_ours:
+        return "skip", UP_TO_DATE
+    return "fail", f"{output} is there and is no {kind} of sdvae: move it away, or replace it with --overwrite"
+
+
+def _why_latent_is_stale(
+    header: LatentHeader, image: ImageFile, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
+) -> str | None:
+    if header.vae.digest != vae.digest:
+        return f"{OTHER_VAE}: '{header.vae.name}'"
+    if header.vae.dtype != vae.dtype:
+        return f"computed in {header.vae.dtype}"
+    if header.preprocessing != preprocessing:
+        return "other preprocessing"
+    if header.store != options.store or header.latent_dtype != options.latent_dtype:
+        return f"stored as {header.store} in {header.latent_dtype}"
+    if options.store == "sample" and (header.seed, header.source.key) != (options.seed, image.key):
+        return "sampled with another seed"
+    try:
+        stat = image.path.stat()
+        if (stat.st_size, stat.st_mtime_ns) == (header.source.size_bytes, header.source.mtime_ns):
+            return None
+        return None if file_digest(image.path) == header.source.digest else "the source changed"
+    except (OSError, ImageError):
+        return "the source cannot be read"  # the run then says why
+
+
+def _why_image_is_stale(found: ImageMark, wanted: ImageMark) -> str | None:
+    if found.latent_digest != wanted.latent_digest:
+        return "the latent changed"
+    if found.vae_digest != wanted.vae_digest:
+        return "decoded by another VAE"
+    if found.dtype != wanted.dtype:
+        return f"computed in {found.dtype}"
+    return None if found.quality == wanted.quality else "other quality"
+
+
+def _header_or_error(path: Path) -> LatentHeader | LatentFileError | None:
+    """The header; None where there is no file; the error where it is no latent file."""
+    if not path.exists():
+        return None
+    try:
+        return read_header(path)
+    except LatentFileError as error:
+        return error
+
+
+def _choose_names(
+    keys: Sequence[str], candidates: Callable[[str], Sequence[str]], owner: Callable[[str], str | None]
+) -> dict[str, str]:
+    """An output name for each key, no two alike even where case or Unicode form do not count.
+
+    A name on disk stays with the key that has it, so files that are added later never rename an output. After that
+    the keys choose in their order, each the first of its candidates that is free.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for key in keys:
+        for name in candidates(key):
+            if owner(name) == key and _folded(name) not in taken:
+                names[key] = name
+                taken.add(_folded(name))
+                break
+    for key in keys:
+        if key not in names:
+            free = [name for name in candidates(key) if _folded(name) not in taken and _may_have(key, owner(name))]
+            names[key] = free[0] if free else candidates(key)[-1]
+            taken.add(_folded(names[key]))
+    return names
+
+
+def _may_have(key: str, owner: str | None) -> bool:
+    """Whether the output of `owner` is this key's too: the same file, seen from a higher or a lower folder."""
+    return owner is None or owner == key or owner.endswith("/" + key) or key.endswith("/" + owner)
+
+
+def _latent_names(key: str) -> tuple[str, ...]:
+    path = PurePosixPath(key)
+    return key + LATENT_SUFFIX, f"{path.with_suffix('')}~{_hash(key)}{path.suffix}{LATENT_SUFFIX}"
+
+
+def _image_names(key: str, suffix: str) -> tuple[str, ...]:
+    path = PurePosixPath(key)
+    stem = str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else key
+    return stem + suffix, key + suffix, f"{stem}~{_hash(key)}{suffix}"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _hash(key: str) -> str:
+    return sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder before the first part of a glob that has a wildcard."""
+    fixed = Path()
+    for part in pattern.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed /= part
+    return fixed
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder for the output")
+
+
+def _brief(digest: str) -> str:
+    return digest[:19]  # sha256: and 12 digits

@@ -1,0 +1,80 @@
+"""What a run did, as plain data: the text and the JSON of the command line, and its exit code. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+__all__ = ["CodecReport", "DecodeReport", "EncodeReport", "FileReason"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReason:
+    """Something to say about one input file."""
+
+    key: str  # path below the input folder, with "/"
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecReport:
+    """Result of a run over a folder. `done + skipped + failed == total`."""
+
+    command: ClassVar[str]
+
+    out: str  # the output folder
+    vae: str  # as the user called it
+    vae_digest: str
+    device: str
+    dtype: str  # of the computation
+    done: int
+    skipped: int  # up to date already
+    failed: int
+    seconds: float  # from the first read to the last write, without loading the VAE
+    megapixels: float  # of the images that were done, before padding
+    failures: tuple[FileReason, ...]
+    notes: tuple[FileReason, ...]  # about single files, e.g. that only the first frame of an animation was taken
+    warnings: tuple[str, ...]  # about the run, e.g. that memory ran out and batches were split
+
+    @property
+    def total(self) -> int:
+        return self.done + self.skipped + self.failed
+
+    @property
+    def images_per_s(self) -> float:
+        return self.done / self.seconds if self.seconds else 0.0
+
+    @property
+    def megapixels_per_s(self) -> float:
+        return self.megapixels / self.seconds if self.seconds else 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0: all is done; 3: finished, but some files failed."""
+        return 3 if self.failed else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and rates, ready for `json.dumps`."""
+        return {
+            "command": self.command,
+            **asdict(self),
+            "total": self.total,
+            "images_per_s": self.images_per_s,
+            "megapixels_per_s": self.megapixels_per_s,
+            "exit_code": self.exit_code,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeReport(CodecReport):
+    """Result of encoding a folder."""
+
+    command = "encode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeReport(CodecReport):
+    """Result of decoding a folder."""
+
+    command = "decode"

@@ -1,0 +1,286 @@
+"""Images -> latent files and back: what is read, computed and written for each, and the two public functions.
+
+`plan.py` decides what is to be done; `engine.py` has the loop, the threads and the counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdvae._version import __version__
+from sdvae.codec.decoded_image import save_marked
+from sdvae.codec.engine import Member, OnProgress, carry_out
+from sdvae.codec.latent_file import LatentFile
+from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord
+from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
+from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.plan import Item, LatentSource, find_latents, mark_for, plan_decode, plan_encode
+from sdvae.codec.reports import DecodeReport, EncodeReport
+from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image, x_to_image
+from sdvae.data.sources import ImageFile, file_digest, find_images
+from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
+from sdvae.errors import LatentFileError
+from sdvae.model.posterior import DiagonalGaussian
+
+__all__ = ["DecodeRun", "EncodeRun", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
+
+
+class EncodeRun:
+    """Images -> latent files: everything that is needed, looked up and planned; `run` does it.
+
+    Raises: ConfigError for images, options or an output folder that cannot be; CheckpointError for the VAE.
+    """
+
+    def __init__(
+        self,
+        images: str | Path | Sequence[ImageFile],
+        out: str | Path,
+        vae: VaeRef = None,
+        options: EncodeOptions | None = None,
+    ) -> None:
+        self.options = options or EncodeOptions()
+        self.out = Path(out)
+        files = find_images(images) if isinstance(images, (str, Path)) else images
+        self.vae = open_vae(vae, self.options)
+        self.preprocessing = Preprocessing(
+            version=PREPROCESSING_VERSION,
+            background=self.options.background,
+            size=self.options.size,
+            crop=self.options.crop,
+        )
+        self.plan = plan_encode(files, self.out, self.options, self.preprocessing, self.vae.record)
+
+    def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
+        """Encode what the plan says. Raises: SdvaeError where the disk is full."""
+        tally = carry_out(
+            self.plan,
+            self.out,
+            self.options,
+            read=self._read,
+            compute=self._encode,
+            write=self._write,
+            on_progress=on_progress,
+        )
+        return EncodeReport(**tally.to_fields(self.plan, self.out, self.vae))
+
+    def _read(self, item: Item) -> Member:
+        status = item.source.stat()  # before the bytes: a change while they are read shows in the next run
+        digest = file_digest(item.source)
+        image = read_pixels(item.source, self.options)
+        pixels = image.pixels
+        x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
+        header = LatentHeader(
+            space="moments" if self.options.store == "moments" else "z",
+            store=self.options.store,  # type: ignore[arg-type]
+            latent_dtype=self.options.latent_dtype,  # type: ignore[arg-type]
+            seed=self.options.seed if self.options.store == "sample" else None,
+            source=SourceRecord(
+                key=item.key,
+                digest=digest,
+                size_bytes=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                width=image.source_size.width,
+                height=image.source_size.height,
+            ),
+            image=Size(width=pixels.shape[1], height=pixels.shape[0]),
+            padding=Padding(**asdict(padding)),
+            preprocessing=self.preprocessing,
+            vae=self.vae.record,
+            notes=image.notes,
+            sdvae_version=__version__,
+        )
+        return Member(item, x, header)
+
+    def _encode(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+        """Moments of each image, (2 * C, h, w), on the device."""
+        x = _to_device([member.tensor for member in batch], self.vae)  # (B, 3, H, W)
+        return list(self.vae.model.encode(x).latent_dist.parameters)
+
+    def _write(self, member: Member, moments: Tensor) -> None:
+        posterior = DiagonalGaussian(moments.float().cpu()[None])
+        header = member.header
+        if header.store == "moments":
+            tensors = {"mean": posterior.mean, "logvar": posterior.logvar}
+        elif header.store == "mode":
+            tensors = {"z": posterior.mode()}
+        else:
+            tensors = {"z": posterior.sample(_generator(self.options.seed, header.source.key))}
+        dtype = getattr(torch, header.latent_dtype)
+        stored = {name: tensor[0].to(dtype) for name, tensor in tensors.items()}  # each (C, h, w)
+        LatentFile(header=header, tensors=stored).write(member.item.output)
+
+
+class DecodeRun:
+    """Latent files -> images: everything that is needed, looked up and planned; `run` does it.
+
+    Raises: ConfigError for latents, options or an output folder that cannot be; CheckpointError for the VAE;
+        LatentFileError where all latents are of another VAE.
+    """
+
+    def __init__(
+        self,
+        latents: str | Path | Sequence[LatentSource],
+        out: str | Path,
+        vae: VaeRef = None,
+        options: DecodeOptions | None = None,
+    ) -> None:
+        self.options = options or DecodeOptions()
+        self.out = Path(out)
+        files = find_latents(latents) if isinstance(latents, (str, Path)) else latents
+        self.vae = open_vae(vae, self.options)
+        self.plan = plan_decode(files, self.out, self.options, self.vae.record)
+
+    def run(self, on_progress: OnProgress | None = None) -> DecodeReport:
+        """Decode what the plan says. Raises: SdvaeError where the disk is full."""
+        tally = carry_out(
+            self.plan,
+            self.out,
+            self.options,
+            read=self._read,
+            compute=self._decode,
+            write=self._write,
+            on_progress=on_progress,
+        )
+        return DecodeReport(**tally.to_fields(self.plan, self.out, self.vae))
+
+    def _read(self, item: Item) -> Member:
+        file = LatentFile.read(item.source)
+        z, config = file.z(), self.vae.model.config
+        ratio = self.vae.record.spatial_compression_ratio
+        if (z.shape[0], file.header.vae.spatial_compression_ratio) != (config.latent_channels, ratio):
+            raise LatentFileError(
+                f"{item.source}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
+                f"this VAE decodes {config.latent_channels} at {ratio}"
+            )
+        return Member(item, z, file.header)
+
+    def _decode(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+        """Recon of each latent, (3, H, W) with the padding, on the device."""
+        z = _to_device([member.tensor for member in batch], self.vae)  # (B, C, h, w)
+        return list(self.vae.model.decode(z).sample)
+
+    def _write(self, member: Member, recon: Tensor) -> None:
+        item, header = member.item, member.header
+        pixels = x_to_image(unpad(recon.cpu(), header.image.height, header.image.width))
+        save_marked(pixels, item.output, mark_for(item.key, header, self.options, self.vae.record))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedImage:
+    """An image as it goes into the VAE, before padding."""
+
+    pixels: NDArray[Any]  # (H, W, 3) uint8 or uint16, sRGB
+    source_size: Size  # upright, before resizing and cropping
+    notes: tuple[str, ...]
+
+
+def read_pixels(path: Path, options: EncodeOptions) -> PreparedImage:
+    """Read an image and do what the options ask for: background, limit, resizing and cropping. Raises: ImageError."""
+    read = read_image(path, background=options.background, max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS)
+    height, width = read.pixels.shape[:2]
+    pixels = read.pixels
+    if options.size is not None:
+        pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
+    return PreparedImage(pixels=pixels, source_size=Size(width=width, height=height), notes=read.notes)
+
+
+def encode_folder(
+    images: str | Path | Sequence[ImageFile],
+    out: str | Path,
+    *,
+    vae: VaeRef = None,
+    store: str = EncodeOptions.store,
+    latent_dtype: str = EncodeOptions.latent_dtype,
+    seed: int = EncodeOptions.seed,
+    size: int | None = EncodeOptions.size,
+    crop: str = EncodeOptions.crop,
+    background: str = EncodeOptions.background,
+    max_pixels: int | None = EncodeOptions.max_pixels,
+    device: str = EncodeOptions.device,
+    dtype: str = EncodeOptions.dtype,
+    batch_size: int | None = EncodeOptions.batch_size,
+    workers: int | None = EncodeOptions.workers,
+    overwrite: bool = EncodeOptions.overwrite,
+    on_progress: OnProgress | None = None,
+) -> EncodeReport:
+    """Encode images to one latent file each; what is up to date already is skipped.
+
+    images: a folder (its tree is mirrored), a file, a glob or a .txt list, or what `find_images` returned.
+    vae: a folder, a file or a hub id; None for the bundled one; a loaded model runs where and as it is.
+    The options are those of `EncodeOptions`. Files that fail are recorded in the report, and the rest goes on.
+    Raises: ConfigError and CheckpointError before anything is written; SdvaeError where the disk is full.
+    """
+    options = EncodeOptions(
+        store=store,
+        latent_dtype=latent_dtype,
+        seed=seed,
+        size=size,
+        crop=crop,
+        background=background,
+        max_pixels=max_pixels,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    return EncodeRun(images, out, vae, options).run(on_progress)
+
+
+def decode_folder(
+    latents: str | Path | Sequence[LatentSource],
+    out: str | Path,
+    *,
+    vae: VaeRef = None,
+    format: str = DecodeOptions.format,
+    quality: int | None = DecodeOptions.quality,
+    allow_other_vae: bool = DecodeOptions.allow_other_vae,
+    device: str = DecodeOptions.device,
+    dtype: str = DecodeOptions.dtype,
+    batch_size: int | None = DecodeOptions.batch_size,
+    workers: int | None = DecodeOptions.workers,
+    overwrite: bool = DecodeOptions.overwrite,
+    on_progress: OnProgress | None = None,
+) -> DecodeReport:
+    """Decode latent files to one image each, at the size that was encoded; what is up to date already is skipped.
+
+    latents: a folder (its tree is mirrored), a file or a glob, or what `find_latents` returned. Files that keep the
+        posterior decode from its mean.
+    vae: as for `encode_folder`; latents of another VAE are refused unless `allow_other_vae`.
+    The options are those of `DecodeOptions`. Files that fail are recorded in the report, and the rest goes on.
+    Raises: ConfigError, CheckpointError and LatentFileError before anything is written; SdvaeError where the disk is
+        full.
+    """
+    options = DecodeOptions(
+        format=format,
+        quality=quality,
+        allow_other_vae=allow_other_vae,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        overwrite=overwrite,
+    )
+    return DecodeRun(latents, out, vae, options).run(on_progress)
+
+
+def _to_device(tensors: Sequence[Tensor], vae: LoadedVae) -> Tensor:
+    """A batch on the device of the VAE, in its dtype. Does not wait for the copy, so the next batch can be prepared."""
+    batch = torch.stack(list(tensors)).to(memory_format=vae.memory_format)
+    if vae.device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(vae.device, vae.dtype, non_blocking=True)
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
+    """The random stream of one image: the same in any batch, order or number of workers, and on any device."""
+    digest = sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,171 @@
+"""Which image files a folder, a file name, a glob or a text list names, and the digests of files.
+
+Standard library only: the command line lists and counts files before torch is loaded. Nothing here opens a picture;
+`images.read_image` does.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdvae.errors import ConfigError, ImageError
+
+__all__ = ["IMAGE_SUFFIXES", "ImageFile", "file_digest", "find_images", "folder_digest", "os_reason"]
+
+# Names that mean a picture. HEIC and JPEG XL are among them although Pillow alone reads neither: a picture that
+# cannot be read is to be reported, not passed over in silence. Camera raw files are not: they lie beside the JPEG of
+# the same photograph, and what Pillow finds in one is its thumbnail.
+IMAGE_SUFFIXES: frozenset[str] = frozenset(
+    ".apng .avif .bmp .dds .dib .gif .heic .heif .j2k .jfif .jp2 .jpe .jpeg .jpg .jxl .mpo .pbm .pcx .pfm .pgm .png"
+    " .pnm .ppm .qoi .rgb .sgi .tga .tif .tiff .webp".split()
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image on disk. It may turn out to be unreadable: only its name has been looked at."""
+
+    key: str  # posix path relative to the root of the search, with suffix; unique in its list
+    path: Path  # where to open it
+
+
+def find_images(spec: str | Path) -> list[ImageFile]:
+    """The images that `spec` names, sorted by key (by code point: the same on every file system).
+
+    - A folder: every file in it and its subfolders whose suffix is known (IMAGE_SUFFIXES, in any case). Hidden files
+      and folders are left out. Links are followed, but not to a folder that holds the link.
+    - A file: itself, whatever its suffix.
+    - A glob, where nothing has that very name: the files that match and have a known suffix, none of them hidden.
+      `**` stands for any number of folders. Keys are relative to the part before the first wildcard.
+    - A .txt list: one path a line, relative to the folder of the list; empty lines and lines that begin with # do not
+      count. The key of a file outside that folder is its name, with -2, -3, ... where that is taken. A listed file
+      need not exist: whoever reads it says so.
+
+    Raises: ConfigError where nothing is found, or a folder cannot be listed.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        images = _matching(path, ("**", "*"))
+        expected = f"files in it and its subfolders, hidden ones left out, that end in {_known_suffixes()}"
+    elif path.suffix.lower() == ".txt" and path.is_file():
+        images = _listed(path)
+        expected = "one path a line"
+    elif os.path.exists(path):
+        return [ImageFile(path.name, path)]
+    elif any(_is_wild(part) for part in path.parts):
+        first = next(i for i, part in enumerate(path.parts) if _is_wild(part))
+        images = _matching(Path(*path.parts[:first]), path.parts[first:])
+        expected = f"files that match and end in {_known_suffixes()}"
+    else:
+        raise ConfigError(f"{path}: no such file or folder; images are a folder, a file, a glob or a .txt list")
+    if not images:
+        raise ConfigError(f"{path}: no image found; looked for {expected}")
+    return sorted(images, key=lambda image: image.key)
+
+
+def file_digest(path: str | Path) -> str:
+    """Digest of a file's bytes: "sha256:" and 64 hexadecimal digits.
+
+    Raises: ImageError where the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise ImageError(f"{path}: {os_reason(error)}") from error
+
+
+def folder_digest(spec: str | Path) -> str:
+    """Digest of all images that `spec` names (see find_images): of their keys and bytes, in the order of the keys."""
+    whole = hashlib.sha256()
+    for image in find_images(spec):
+        whole.update(f"{image.key}\0{file_digest(image.path)}\n".encode(errors="surrogateescape"))
+    return f"sha256:{whole.hexdigest()}"
+
+
+def os_reason(error: OSError) -> str:
+    """Why the operating system refused, in plain words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not an image"
+    if isinstance(error, PermissionError):
+        return "permission denied"
+    return f"cannot be read ({error.strerror or error})"
+
+
+def _known_suffixes() -> str:
+    return " ".join(sorted(IMAGE_SUFFIXES))
+
+
+def _is_wild(part: str) -> bool:
+    return any(character in part for character in "*?[")
+
+
+def _matching(root: Path, pattern: Sequence[str]) -> list[ImageFile]:
+    """The image files below `root` whose relative path matches `pattern`, component by component."""
+    depth = None if "**" in pattern else len(pattern)
+    images = []
+    for path in _walk(root, depth) if root.is_dir() else ():
+        relative = path.relative_to(root)
+        if path.suffix.lower() in IMAGE_SUFFIXES and _matches(relative.parts, pattern):
+            images.append(ImageFile(relative.as_posix(), path))
+    return images
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _walk(folder: Path, depth: int | None, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """All that is no folder, down to `depth` levels (None: all), hidden names left out.
+
+    `above` holds device and inode of the folders on the way here: a link back to one of them is not followed.
+    (glob.glob and os.walk follow such links until the system stops them, 40 rounds later.)
+    """
+    try:
+        status = folder.stat()
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: this folder cannot be listed ({error.strerror})") from error
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for name in names:
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if not os.path.isdir(path):  # also false for a link that leads nowhere: that one is reported when it is read
+            yield path
+        elif depth is None or depth > 1:
+            yield from _walk(path, None if depth is None else depth - 1, (*above, here))
+
+
+def _listed(list_path: Path) -> list[ImageFile]:
+    folder = list_path.parent
+    try:
+        # utf-8-sig: Windows editors begin a file with a byte order mark. surrogateescape: names need not be UTF-8.
+        lines = list_path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{list_path}: {os_reason(error)}") from error
+    names = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    root = Path(os.path.abspath(folder))
+    by_place = {Path(os.path.abspath(folder / name)): folder / name for name in names}  # a file listed twice: once
+    images: dict[str, ImageFile] = {}
+    # Files inside the list's folder come first: their keys are fixed, the others make way.
+    for place in sorted(by_place, key=lambda place: (not place.is_relative_to(root), place)):
+        plain = place.relative_to(root) if place.is_relative_to(root) else Path(place.name)
+        key, number = plain.as_posix(), 2
+        while key in images:
+            key, number = plain.with_stem(f"{plain.stem}-{number}").as_posix(), number + 1
+        images[key] = ImageFile(key, by_place[place])
+    return list(images.values())

@@ -1,0 +1,111 @@
+"""Sizes: crop and resize pixels for training and for a fixed size, pad tensors to a multiple and back.
+
+Pixels are (H, W, 3) uint8 or uint16 as `images.read_image` gives them; resizing keeps the bit depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdvae.data.images import DEFAULT_MAX_PIXELS
+from sdvae.errors import ImageError
+
+__all__ = ["Padding", "pad_to_multiple", "random_crop_flip", "resize_and_crop", "unpad"]
+
+Pixels = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Pixels added at each side."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, Padding]:
+    """Repeat the last row and column until height and width are multiples of `multiple`.
+
+    x: (..., H, W), any dtype. Nothing to add: x itself comes back, not a copy. Inverse: unpad.
+    """
+    height, width = x.shape[-2:]
+    padding = Padding(top=0, left=0, bottom=-height % multiple, right=-width % multiple)
+    # Not torch.nn.functional.pad: its replicate mode takes no integers and only 3 or 4 dimensions.
+    if padding.bottom:
+        x = torch.cat([x, x[..., -1:, :].expand(*x.shape[:-2], padding.bottom, width)], dim=-2)
+    if padding.right:
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], padding.right)], dim=-1)
+    return x, padding
+
+
+def unpad(x: Tensor, height: int, width: int) -> Tensor:
+    """The top left height x width of x (..., H, W), as a view: what pad_to_multiple was given."""
+    if height > x.shape[-2] or width > x.shape[-1]:
+        raise ValueError(f"cannot cut {height} x {width} (height x width) out of {tuple(x.shape)}")
+    return x[..., :height, :width]
+
+
+def resize_and_crop(pixels: Pixels, size: int, crop: Literal["center", "none"]) -> Pixels:
+    """Bring the short side to `size` px with an antialiased Lanczos filter; "center" also cuts out the central square.
+
+    pixels: (H, W, 3) uint8 or uint16. Returns the same dtype: (size, size, 3) for "center", and for "none" the long
+    side in proportion, at least `size`. Pixels that have the size already come back unchanged.
+    Raises: ImageError where a long strip would grow beyond DEFAULT_MAX_PIXELS.
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if crop == "center":
+        return _square(pixels, (height - short) // 2, (width - short) // 2, short, size)
+    new_height, new_width = (max(size, round(side * size / short)) for side in (height, width))
+    if new_height * new_width > DEFAULT_MAX_PIXELS:
+        raise ImageError(
+            f"{width} x {height} px scaled to a short side of {size} would be {new_width} x {new_height}, "
+            f"more than {DEFAULT_MAX_PIXELS:,} pixels: crop it instead (crop 'center')"
+        )
+    return _resize(pixels, new_height, new_width)
+
+
+def random_crop_flip(pixels: Pixels, size: int, generator: np.random.Generator) -> Pixels:
+    """A random size x size piece, mirrored left to right half of the time, for training.
+
+    pixels: (H, W, 3) uint8 or uint16. A picture whose short side is below `size` is cut to a random square of that
+    side and scaled up. Returns (size, size, 3), contiguous, its own memory. All randomness is the generator's.
+    """
+    height, width = pixels.shape[:2]
+    side = min(size, height, width)
+    top = int(generator.integers(height - side + 1))
+    left = int(generator.integers(width - side + 1))
+    mirrored = generator.random() < 0.5
+    square = _square(pixels, top, left, side, size)
+    return np.array(square[:, ::-1] if mirrored else square, order="C")
+
+
+def _square(pixels: Pixels, top: int, left: int, side: int, size: int) -> Pixels:
+    """The square of `side` px at (top, left), scaled to `size`. What lies outside, however long, is not scaled."""
+    if side == size:
+        return pixels[top : top + side, left : left + side]
+    return _resize(pixels, size, size, box=(left, top, left + side, top + side))
+
+
+def _resize(pixels: Pixels, height: int, width: int, box: tuple[int, int, int, int] | None = None) -> Pixels:
+    if box is None and pixels.shape[:2] == (height, width):
+        return pixels
+    if pixels.dtype == np.uint8:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box))
+    # Pillow has no 16-bit colour: each channel goes through 32-bit floats, which hold 16 bits exactly.
+    resized = np.empty((height, width, 3), dtype=np.uint16)
+    for channel in range(3):
+        plane = Image.fromarray(pixels[..., channel].astype(np.float32))
+        scaled = np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS, box))
+        resized[..., channel] = np.rint(scaled).clip(0, 65535)  # Lanczos overshoots at edges
+    return resized

@@ -1,0 +1,53 @@
+"""The errors that users meet, each with the exit code of the command line. Standard library only.
+
+A message names the thing, says what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ImageError",
+    "LatentFileError",
+    "MissingWeightsError",
+    "OutputExistsError",
+    "SdvaeError",
+    "TrainingError",
+]
+
+
+class SdvaeError(Exception):
+    """Base of all errors that sdvae raises on purpose."""
+
+    exit_code = 1  # 1 failed; 2 wrong usage or config
+
+
+class ConfigError(SdvaeError):
+    """A setting, option or configuration file is wrong."""
+
+    exit_code = 2
+
+
+class OutputExistsError(ConfigError):
+    """The output is there already and overwriting was not asked for."""
+
+
+class CheckpointError(SdvaeError):
+    """A VAE cannot be loaded or saved."""
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights are neither on this machine nor within reach."""
+
+
+class ImageError(SdvaeError):
+    """A file cannot be read as an image."""
+
+
+class LatentFileError(SdvaeError):
+    """A latent file cannot be read, or does not belong to this VAE."""
+
+
+class TrainingError(SdvaeError):
+    """Training cannot go on, for example because the loss is not finite."""

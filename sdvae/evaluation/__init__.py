@@ -1,0 +1,1 @@
+"""How good reconstructions are: metrics, and what reports them."""

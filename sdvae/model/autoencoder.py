@@ -1,0 +1,205 @@
+"""`AutoencoderKL`: our layers inside diffusers' model shell, so that any diffusers pipeline takes it.
+
+The signature is the one home of the model's parameters and equals the stock class; every field is registered in
+config.json. Files are read and written strictly in `sdvae.checkpoints.store`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sdvae._torchvision import ensure_torchvision_importable
+from sdvae.errors import ConfigError
+from sdvae.model.layers import Decoder, Encoder
+from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.tiling import blended_tiles
+
+ensure_torchvision_importable()
+
+# A pipeline that was saved with this class looks the name ModelMixin up in this module, so it has to be here.
+from diffusers import ConfigMixin, ModelMixin  # noqa: E402
+from diffusers.configuration_utils import register_to_config  # noqa: E402
+from diffusers.utils import BaseOutput  # noqa: E402
+from diffusers.utils.accelerate_utils import apply_forward_hook  # noqa: E402
+
+__all__ = ["AutoencoderKL", "AutoencoderKLOutput", "DecoderOutput"]
+
+
+@dataclass
+class AutoencoderKLOutput(BaseOutput):
+    """Result of `encode`: `latent_dist`, the posterior over z."""
+
+    latent_dist: DiagonalGaussian
+
+
+@dataclass
+class DecoderOutput(BaseOutput):
+    """Result of `decode` and of the whole pass: `sample`, (B, out_channels, H, W), about [-1, 1], not clamped."""
+
+    sample: Tensor
+
+
+class AutoencoderKL(ModelMixin, ConfigMixin):
+    """Convolutional autoencoder with a Gaussian latent: x (B, 3, H, W) in [-1, 1] <-> z (B, latent_channels, h, w).
+
+    Takes the configuration and the weights of diffusers' class of the same name, and gives the same numbers within rounding.
+    z is never scaled here: `latents = (z - shift_factor) * scaling_factor` is left to whoever trains a diffusion model.
+
+    Arguments are the stock ones: `block_out_channels` has one width per level, and each level but the last halves the
+    image; `sample_size` sets the tile size of blended tiling; `force_upcast` tells pipelines that fp16 overflows;
+    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` are carried for the diffusion model.
+    Raises: ConfigError for block types, widths or groups that cannot be built.
+    Source: Rombach et al. 2022, appendix D; Kingma & Welling 2014.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D"]
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float] | None = None,
+        latents_std: tuple[float] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_blocks(down_block_types, up_block_types, block_out_channels, norm_num_groups)
+        shape = {
+            "block_out_channels": tuple(block_out_channels),
+            "layers_per_block": layers_per_block,
+            "groups": norm_num_groups,
+            "act_fn": act_fn,
+            "mid_block_add_attention": mid_block_add_attention,
+        }
+        self.encoder = Encoder(in_channels=in_channels, latent_channels=latent_channels, **shape)  # type: ignore[arg-type]
+        self.decoder = Decoder(latent_channels=latent_channels, out_channels=out_channels, **shape)  # type: ignore[arg-type]
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        self.use_slicing = False
+        self.use_tiling = False
+        sample_size_px = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
+        self.tile_sample_min_size = sample_size_px
+        self.tile_latent_min_size = sample_size_px // self.spatial_compression_ratio
+        self.tile_overlap_factor = 0.25
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """H / h: pixels per latent position, along one side."""
+        return int(2 ** (len(self.config.block_out_channels) - 1))
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+        """Posterior of z for a batch of images.
+
+        x: (B, in_channels, H, W), [-1, 1]. Sides that are no multiple of the compression ratio lose their rest.
+        Returns: an output whose `latent_dist` has moments (B, 2 * latent_channels, h, w), or with return_dict=False a 1-tuple.
+        """
+        posterior = DiagonalGaussian(self._over_batch(self._encode, x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Images for a batch of z (not scaled latents).
+
+        z: (B, latent_channels, h, w). generator: accepted because pipelines pass it; decoding draws nothing.
+        Returns: an output whose `sample` is (B, out_channels, H, W), not clamped, or with return_dict=False a 1-tuple.
+        """
+        recon = self._over_batch(self._decode, z)
+        return DecoderOutput(sample=recon) if return_dict else (recon,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode, through a draw of z or (by default) its mode.
+
+        sample: x, (B, in_channels, H, W), [-1, 1]. Returns: as `decode`.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
+            return self._tiled(self._moments, x, self.tile_sample_min_size, self.tile_latent_min_size)
+        return self._moments(x)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
+            return self._tiled(self._recon, z, self.tile_latent_min_size, self.tile_sample_min_size)
+        return self._recon(z)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        h = self.encoder(x)
+        return h if self.quant_conv is None else self.quant_conv(h)
+
+    def _recon(self, z: Tensor) -> Tensor:
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def _tiled(self, function, x: Tensor, tile: int, out_tile: int) -> Tensor:  # type: ignore[no-untyped-def]
+        stride = int(tile * (1 - self.tile_overlap_factor))
+        blend = int(out_tile * self.tile_overlap_factor)
+        return blended_tiles(function, x, tile, stride, out_stride=out_tile - blend, blend=blend)
+
+    def _over_batch(self, function, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([function(image) for image in x.split(1)])
+        return function(x)  # type: ignore[no-any-return]
+
+    def enable_slicing(self) -> None:
+        """Run the images of a batch one by one, for less memory."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Run a batch in one pass (the default)."""
+        self.use_slicing = False
+
+    def enable_tiling(self) -> None:
+        """Run images larger than `sample_size` in blended tiles, as diffusers does: less memory, approximate result."""
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """Run images of any size in one pass (the default)."""
+        self.use_tiling = False
+
+
+def _check_blocks(
+    down_block_types: tuple[str, ...], up_block_types: tuple[str, ...], widths: tuple[int, ...], groups: int
+) -> None:
+    for field, types, known in (
+        ("down_block_types", down_block_types, "DownEncoderBlock2D"),
+        ("up_block_types", up_block_types, "UpDecoderBlock2D"),
+    ):
+        if set(types) != {known}:
+            raise ConfigError(f"{field} is {list(types)}; this autoencoder is built from '{known}' only")
+        if len(types) != len(widths):
+            raise ConfigError(
+                f"{field} names {len(types)} levels, but block_out_channels has {len(widths)}: {list(widths)}; give one block type per width"
+            )
+    if bad := [width for width in widths if width % groups]:
+        raise ConfigError(f"block_out_channels {bad} cannot be divided into norm_num_groups = {groups} equal groups")

@@ -1,0 +1,259 @@
+"""Encoder and decoder of the Stable-Diffusion-style autoencoder, as plain torch modules.
+
+State-dict keys, and so the module names, are those of diffusers' `AutoencoderKL`. Numbers equal it within rounding.
+This is the hot path; what is not here: the posterior, quant convs, configuration and files (see `autoencoder.py`).
+
+Letters of the shape comments: B batch, C channels of the layer, H and W its height and width, N = H * W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdvae.errors import ConfigError
+
+__all__ = ["ACTIVATIONS", "Decoder", "Encoder"]
+
+NORM_EPS = 1e-6  # of every GroupNorm in the family, from latent-diffusion on
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.activation(self.norm1(x)))  # (B, C_out, H, W)
+        h = self.conv2(self.activation(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, one head as wide as the layer, with a residual."""
+
+    # diffusers then also loads the older names (query, key, value, proj_attn) into this module
+    _from_deprecated_attn_block = True
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))  # (B, 1, N, C)
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        h = self.to_out[0](h).transpose(1, 2)  # (B, C, N)
+        return x + h.reshape(x.shape)
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width with a strided 3x3 convolution, padded at the bottom and the right only.
+
+    The asymmetric padding comes from latent-diffusion; weights trained with it are wrong under any other.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H // 2, W // 2)
+
+
+class Upsample2D(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2 * H, 2 * W)
+
+
+class DownEncoderBlock2D(nn.Module):
+    """One level of the encoder: residual blocks, then a downsampling except on the last level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        groups: int,
+        activation: Callable[[Tensor], Tensor],
+        add_downsample: bool,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(widths[i], widths[i + 1], groups, activation) for i in range(num_layers)
+        )
+        self.downsamplers = nn.ModuleList([Downsample2D(out_channels)] if add_downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+        return x
+
+
+class UpDecoderBlock2D(nn.Module):
+    """One level of the decoder: residual blocks, then an upsampling except on the last level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        groups: int,
+        activation: Callable[[Tensor], Tensor],
+        add_upsample: bool,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_layers
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(widths[i], widths[i + 1], groups, activation) for i in range(num_layers)
+        )
+        self.upsamplers = nn.ModuleList([Upsample2D(out_channels)] if add_upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNetMidBlock2D(nn.Module):
+    """The narrowest part: a residual block, self-attention unless switched off, a residual block."""
+
+    def __init__(
+        self, channels: int, groups: int, activation: Callable[[Tensor], Tensor], add_attention: bool
+    ) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, activation) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """x (B, in_channels, H, W) -> features (B, 2 * latent_channels, h, w), before quant_conv.
+
+    h = H / 2 ** (levels - 1), rounded down at every level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        groups: int,
+        act_fn: str,
+        mid_block_add_attention: bool,
+    ) -> None:
+        super().__init__()
+        activation = _activation(act_fn)
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        width, last = block_out_channels[0], len(block_out_channels) - 1
+        for level, out_width in enumerate(block_out_channels):
+            self.down_blocks.append(
+                DownEncoderBlock2D(width, out_width, layers_per_block, groups, activation, add_downsample=level != last)
+            )
+            width = out_width
+        self.mid_block = UNetMidBlock2D(width, groups, activation, mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)  # (B, C, H, W)
+        for block in (*self.down_blocks, self.mid_block):
+            h = _run(self, block, h)
+        # the last activation is SiLU whatever act_fn says, in every program of the family
+        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, 2 * latent_channels, h, w)
+
+
+class Decoder(nn.Module):
+    """z after post_quant_conv (B, latent_channels, h, w) -> recon (B, out_channels, H, W), not clamped.
+
+    H = h * 2 ** (levels - 1).
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        out_channels: int,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        groups: int,
+        act_fn: str,
+        mid_block_add_attention: bool,
+    ) -> None:
+        super().__init__()
+        activation = _activation(act_fn)
+        width, last = block_out_channels[-1], len(block_out_channels) - 1
+        self.conv_in = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.mid_block = UNetMidBlock2D(width, groups, activation, mid_block_add_attention)
+        self.up_blocks = nn.ModuleList()
+        for level, out_width in enumerate(reversed(block_out_channels)):
+            # one residual block more than the encoder has, as in every program of the family
+            self.up_blocks.append(
+                UpDecoderBlock2D(
+                    width, out_width, layers_per_block + 1, groups, activation, add_upsample=level != last
+                )
+            )
+            width = out_width
+        self.conv_norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)  # (B, C, h, w)
+        for block in (self.mid_block, *self.up_blocks):
+            h = _run(self, block, h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))  # (B, out_channels, H, W)
+
+
+def _run(owner: Encoder | Decoder, block: nn.Module, h: Tensor) -> Tensor:
+    if owner.gradient_checkpointing and torch.is_grad_enabled():
+        # diffusers' enable_gradient_checkpointing() sets this function
+        return owner._gradient_checkpointing_func(block, h)  # type: ignore[operator,no-any-return]
+    return block(h)  # type: ignore[no-any-return]
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    try:
+        return ACTIVATIONS[name.lower()]
+    except KeyError:
+        raise ConfigError(f"act_fn is '{name}'; expected one of {', '.join(ACTIVATIONS)}") from None

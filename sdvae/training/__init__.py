@@ -1,0 +1,1 @@
+"""Training a KL-VAE: configuration, losses, one step, the loop around it."""
