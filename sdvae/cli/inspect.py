@@ -25,9 +25,9 @@ Examples:
 @click.argument("path")
 @json_option
 def inspect_command(path: str, as_json: bool) -> None:
-    """Say what PATH is: a VAE (folder, pipeline or file), a latent file, or the folder of a training run.
+    """Say what PATH is: a VAE, a latent file or a training run.
 
-    "sdvae-mini" stands for the bundled VAE.
+    A VAE is a folder, a pipeline folder or a file; "sdvae-mini" stands for the bundled one.
     """
     data = _describe(_locate(path))
     if as_json:

@@ -254,7 +254,8 @@ def _save_sheet(rows: Sequence[SheetRow], report: ReconstructReport) -> None:
     extent = f"{count} image{'s' if count > 1 else ''}" + (
         f", the first {len(rows)} shown" if len(rows) < count else ""
     )
-    title = f"VAE {Path(shown(report.vae)).name}"
+    name = shown(report.vae)
+    title = f"VAE {name if len(name) <= 60 else Path(name).name}"
     subtitle = f"PSNR {_decibels(report.mean_psnr_db)} dB, mean of {extent}"
     mark = ImageMark(key=_SHEET_KEY, latent_digest="", vae_digest=report.vae_digest)
     save_marked(contact_sheet(rows, title, subtitle), report.folders.contact_sheet, mark)

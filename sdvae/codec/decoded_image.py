@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image
 
 from sdvae._version import __version__
 from sdvae.codec.files import write_atomic
+from sdvae.errors import ImageError
 
 __all__ = ["ImageMark", "read_mark", "save_marked"]
 
@@ -29,6 +31,7 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".webp": {"format": "WEBP", "lossless": True, "method": 0, "quality": 50},
     ".jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
 }
+_MAX_SIDE_PX = {".webp": 16383, ".jpg": 65500}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,13 @@ class ImageMark:
 def save_marked(pixels: NDArray[np.uint8], path: Path, mark: ImageMark) -> None:
     """Write a picture with its mark, whole or not at all; replaces what is there.
 
-    pixels: (H, W, 3), sRGB. path: ends in .png, .webp or .jpg. Raises: OSError.
+    pixels: (H, W, 3), sRGB. path: ends in .png, .webp or .jpg.
+    Raises: ImageError where the format cannot hold the size; OSError.
     """
     options = dict(_SAVE_OPTIONS[path.suffix])
+    limit = _MAX_SIDE_PX.get(path.suffix)
+    if limit is not None and max(pixels.shape) > limit:
+        raise ImageError(f"{path}: {pixels.shape[1]} x {pixels.shape[0]} px, but {options['format']} ends at {limit}")
     if mark.quality is not None:
         options = {"format": options["format"], "quality": mark.quality, "subsampling": 0}  # WebP takes no subsampling
     exif = Image.Exif()
@@ -61,7 +68,7 @@ def save_marked(pixels: NDArray[np.uint8], path: Path, mark: ImageMark) -> None:
 def read_mark(path: Path) -> ImageMark | None:
     """The mark of a picture that `save_marked` wrote; None for any other file."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # large pictures, odd EXIF
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         return ImageMark(**json.loads(comment.removeprefix(_ASCII))["sdvae"])
     except Exception:  # whatever is wrong with it: it is not a picture that sdvae wrote

@@ -113,7 +113,9 @@ def carry_out(
         if error is None:
             tally.succeed(member)
         elif isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise _disk_full(error, member.item.output, tally) from error
+            raise _disk_full(error, out, tally) from error
+        elif isinstance(error, OSError):
+            tally.fail(member.item, SdvaeError(f"{member.item.output} cannot be written: {error.strerror or error}"))
         else:
             tally.fail(member.item, error)
 
@@ -202,11 +204,11 @@ def _make_folder(out: Path) -> None:
         raise ConfigError(f"{out}: this folder cannot be written to")
 
 
-def _disk_full(error: OSError, output: Path, tally: Tally) -> SdvaeError:
-    free = shutil.disk_usage(output.parent).free
+def _disk_full(error: OSError, out: Path, tally: Tally) -> SdvaeError:
+    free = shutil.disk_usage(out).free
     return SdvaeError(
-        f"{output}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written and "
-        "are whole; make room, then run the same command again to continue"
+        f"{out}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written and are "
+        "whole; make room, then run the same command again to continue"
     )
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sdvae.codec.files import write_atomic
-from sdvae.codec.latent_header import TENSOR_NAMES, LatentHeader, read_header
+from sdvae.codec.latent_header import LatentHeader, read_header
 from sdvae.errors import LatentFileError
 
 __all__ = ["LatentFile"]
@@ -69,8 +69,7 @@ class LatentFile:
         path = Path(path)
         header = read_header(path)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in TENSOR_NAMES[header.space]}
+            tensors = load(path.read_bytes())  # not by name: safetensors opens no path that is not UTF-8 for torch
         except (OSError, SafetensorError) as error:
             raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
         _check_tensors(header, tensors, path)

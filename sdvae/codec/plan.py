@@ -9,7 +9,6 @@ import glob
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -91,21 +90,17 @@ def plan_encode(
     """
     _check_folder(out)
 
-    @cache
-    def header_at(name: str) -> LatentHeader | LatentFileError | None:
-        return _header_or_error(out / name)
-
     def owner(name: str) -> str | None:
-        header = header_at(name)
+        header = _header_or_error(out / name)
         return header.source.key if isinstance(header, LatentHeader) else None
 
     names = _choose_names([image.key for image in images], _latent_names, owner)
     items = []
     for image in images:
-        found, stale = header_at(names[image.key]), None
+        output = out / names[image.key]
+        found, stale = _header_or_error(output), None
         if isinstance(found, LatentHeader):
             stale = _why_latent_is_stale(found, image, options, preprocessing, vae)
-        output = out / names[image.key]
         action, reason = _decide(output, isinstance(found, LatentHeader), stale, options.overwrite, "latent file")
         items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
     return Plan(items=tuple(items))
@@ -120,12 +115,8 @@ def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptio
     _check_folder(out)
     suffix = IMAGE_FORMATS[options.format]
 
-    @cache
-    def mark_at(name: str) -> ImageMark | None:
-        return read_mark(out / name)
-
     def owner(name: str) -> str | None:
-        mark = mark_at(name)
+        mark = read_mark(out / name)
         return None if mark is None else mark.key
 
     names = _choose_names([latent.key for latent in latents], lambda key: _image_names(key, suffix), owner)
@@ -134,7 +125,7 @@ def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptio
         output = out / names[latent.key]
         header = _header_or_error(latent.path)
         if isinstance(header, LatentHeader):
-            mark = mark_at(names[latent.key])
+            mark = read_mark(output)
             stale = None if mark is None else _why_image_is_stale(mark, mark_for(latent.key, header, options, vae))
             action, reason = _decide(output, mark is not None, stale, options.overwrite, "decoded image")
             if header.vae.digest != vae.digest and not options.allow_other_vae:
@@ -168,14 +159,14 @@ def find_latents(spec: str | Path) -> list[LatentSource]:
 
     Returns: sorted by key. Raises: ConfigError where nothing is found.
     """
-    path = Path(spec)
+    path = Path(spec).expanduser()
     if path.is_dir():
         root, paths = path, list(path.rglob("*" + LATENT_SUFFIX))
     elif path.is_file():
         return [LatentSource(path.name.removesuffix(LATENT_SUFFIX), path)]
     else:
         root = _fixed_part(path)
-        paths = [Path(name) for name in glob.glob(str(spec), recursive=True)]
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
         paths = [path for path in paths if path.suffix == LATENT_SUFFIX]
     found = []
     for path in paths:

@@ -52,7 +52,8 @@ DEFAULT_MAX_PIXELS = 2**27
 Pixels = npt.NDArray[Any]
 Colour = tuple[int, int, int]
 
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG = 0x0112  # EXIF and TIFF
+_PHOTOMETRIC_TAG = 0x0106  # TIFF
 _UPRIGHT = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,9 +90,9 @@ def read_image(
     limit: where a picture is above Pillow's and not above this one, Pillow's is lifted while that picture is read
     (one at a time).
 
-    16-bit gray stays 16-bit. 32-bit integers (TIFF) within 0..65535 and floats within 0..1 are taken as they are;
-    other ranges are stretched to the full range. 16-bit colour is cut to 8 bits, as Pillow decodes it. Each of these
-    leaves a note. So does a colour profile that cannot be used: it is ignored.
+    Gray of 12 or 16 bits becomes 16-bit. 32-bit integers (TIFF) within 0..65535 and floats within 0..1 are taken as
+    they are, other ranges are stretched to the full one. 16-bit colour is cut to 8 bits, as Pillow decodes it. The last
+    three leave a note. So does a colour profile that cannot be used: it is ignored.
     CMYK without a profile is converted by the plain formula, which is brighter than ink on paper.
 
     May be called from several threads at once; no warning of Pillow's leaves this function (libtiff, which knows no
@@ -159,9 +160,8 @@ def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) 
     limit = {"WEBP": 16383, "JPEG": 65500}.get(options["format"], 2**31 - 1)  # libwebp, libjpeg
     if max(height, width) > limit:
         raise ImageError(f"{path}: {width} x {height} px, but {options['format']} ends at {limit}: write .png instead")
-    temporary = path.with_name(
-        f".{secrets.token_hex(8)}.tmp"
-    )  # not the file's own name, which may be as long as can be
+    # Not made from the file's own name, which may be as long as names can be.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             Image.fromarray(np.ascontiguousarray(pixels)).save(file, **options)
@@ -304,7 +304,7 @@ def _read(path: Path, fill: Colour, max_pixels: int) -> ReadImage:
         image.load()
         _refuse_too_large(path, image, max_pixels)  # an .ico may hold a larger picture than its header says
         if image.mode in _HIGH_DEPTH_MODES:
-            pixels = _high_depth_pixels(_upright(image, notes), fill, notes)
+            pixels = _high_depth_pixels(image, coding, fill, notes)
         else:
             if re.search(r";16[BLN]", coding):
                 notes.append("16-bit colour reduced to 8 bits")
@@ -397,9 +397,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Ima
     return image.convert("RGB")
 
 
-@functools.lru_cache(
-    maxsize=16
-)  # building one takes as long as decoding a photograph; a folder holds few different ones
+# Building a transform takes as long as decoding a photograph, and a folder holds few different profiles.
+@functools.lru_cache(maxsize=16)
 def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From a profile to sRGB; None where it is sRGB, to one level, whatever its name.
 
@@ -427,13 +426,17 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     return None if np.abs(change).max() <= 1 else transform
 
 
-def _high_depth_pixels(image: Image.Image, fill: Colour, notes: list[str]) -> Pixels:
+def _high_depth_pixels(image: Image.Image, coding: str, fill: Colour, notes: list[str]) -> Pixels:
     """Gray of more than 8 bits as (H, W, 3) uint16."""
-    samples = np.asarray(image)
+    samples = np.asarray(_upright(image, notes))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         gray = samples.astype(np.uint16)  # also from big endian
     else:
         gray = _stretched(samples, notes)
+    if "I;12" in coding:  # a TIFF whose samples end at 4095
+        gray = np.bitwise_or(gray << 4, gray >> 8, dtype=np.uint16)
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0:  # a TIFF where 0 is white: Pillow turns 8 bits only
+        gray = np.invert(gray)
     pixels = np.repeat(gray[..., None], 3, axis=2)
     key = image.info.get("transparency")
     if isinstance(key, int) and (gray == key).any():

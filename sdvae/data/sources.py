@@ -49,10 +49,10 @@ def find_images(spec: str | Path) -> list[ImageFile]:
     Raises: ConfigError where nothing is found, or a folder cannot be listed.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # not path.is_dir(), which raises where the way there is barred
         images = _matching(path, ("**", "*"))
         expected = f"files in it and its subfolders, hidden ones left out, that end in {_known_suffixes()}"
-    elif path.suffix.lower() == ".txt" and path.is_file():
+    elif path.suffix.lower() == ".txt" and os.path.isfile(path):
         images = _listed(path)
         expected = "one path a line"
     elif os.path.exists(path):
@@ -62,7 +62,10 @@ def find_images(spec: str | Path) -> list[ImageFile]:
         images = _matching(Path(*path.parts[:first]), path.parts[first:])
         expected = f"files that match and end in {_known_suffixes()}"
     else:
-        raise ConfigError(f"{path}: no such file or folder; images are a folder, a file, a glob or a .txt list")
+        raise ConfigError(
+            f"{path}: no such file or folder, or no permission to look; "
+            "images are a folder, a file, a glob or a .txt list"
+        )
     if not images:
         raise ConfigError(f"{path}: no image found; looked for {expected}")
     return sorted(images, key=lambda image: image.key)
@@ -111,7 +114,7 @@ def _matching(root: Path, pattern: Sequence[str]) -> list[ImageFile]:
     """The image files below `root` whose relative path matches `pattern`, component by component."""
     depth = None if "**" in pattern else len(pattern)
     images = []
-    for path in _walk(root, depth) if root.is_dir() else ():
+    for path in _walk(root, depth) if os.path.isdir(root) else ():
         relative = path.relative_to(root)
         if path.suffix.lower() in IMAGE_SUFFIXES and _matches(relative.parts, pattern):
             images.append(ImageFile(relative.as_posix(), path))

@@ -58,7 +58,7 @@ class TrainingConfig:
     betas: tuple[float, ...] = (0.9, 0.99)  # of Adam
     max_grad_norm: float | None = 1.0  # gradients are scaled down to this norm; null: not
     ema_decay: float = 0.999  # of the averaged weights that validation and export use; 0: the weights themselves
-    init: Literal["default", "residual"] = "default"  # residual: see sdvae.training.init
+    init: Literal["default", "linear"] = "default"  # linear: the best linear transform, see sdvae.training.linear_init
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights and optimizer stay float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     channels_last: bool = True  # memory layout; several times faster on CPUs, faster on tensor cores

@@ -36,10 +36,11 @@ from sdvae.data.loader import CropDataset, build_loader
 from sdvae.errors import ConfigError, OutputExistsError, TrainingError
 from sdvae.evaluation.latents import LatentStatistics
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.training.build import build_autoencoder
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import split_images
 from sdvae.training.ema import EMA
-from sdvae.training.init import INITS, build_autoencoder
+from sdvae.training.linear_init import linear_init
 from sdvae.training.state import Progress, checkpoint_dirs, load_checkpoint, save_checkpoint
 from sdvae.training.step import GeneratorModule, Reconstruction, generator_loss, lr_at
 from sdvae.training.validation import Validator
@@ -47,6 +48,8 @@ from sdvae.training.validation import Validator
 __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
+
+INIT_PIXELS = 800_000  # of training crops that the linear start is fitted to
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,11 @@ class _Run:
             project_dir=str(self.run_dir),
         )
         set_seed(options.seed, device_specific=True)
-        vae = build_autoencoder(config.model, INITS[options.init], options.seed)
+        self.dataset = CropDataset(train_paths, config.data.crop_px, options.seed, config.data.cache_images)
+        vae = build_autoencoder(config.model, options.seed)
+        if options.init == "linear" and checkpoint is None:
+            sample = torch.stack([self.dataset[i] for i in range(math.ceil(INIT_PIXELS / config.data.crop_px**2))])
+            linear_init(vae, sample, torch.Generator().manual_seed(options.seed))
         if options.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         if options.channels_last:
@@ -111,7 +118,6 @@ class _Run:
             load_checkpoint(self.accelerator, checkpoint)
             logger.info("resumed from %s", checkpoint)
 
-        self.dataset = CropDataset(train_paths, config.data.crop_px, options.seed, config.data.cache_images)
         self.validator = Validator(val_paths, config.data.val_crop_px)
         self.last_val_psnr: float | None = None
 

@@ -20,7 +20,14 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
-from sdvae.data.images import DEFAULT_MAX_PIXELS, image_to_x, read_image, save_image, x_to_image
+from sdvae.data.images import (
+    DEFAULT_MAX_PIXELS,
+    _pillow_limit_of_at_least,
+    image_to_x,
+    read_image,
+    save_image,
+    x_to_image,
+)
 from sdvae.errors import ConfigError, ImageError, SdvaeError
 
 
@@ -38,6 +45,23 @@ def png(width: int, height: int, depth: int, kind: int, rows: list[bytes], *chun
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(*c) for c in chunks) + pixels + chunk(b"IEND", b"")
+
+
+def tiff(width: int, bits: int, white_is_zero: bool, data: bytes) -> bytes:
+    """A TIFF of one row of gray, written by hand."""
+    tags = {
+        256: width,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: int(not white_is_zero),
+        273: 122,
+        277: 1,
+        278: 1,
+        279: len(data),
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0" + data
 
 
 def icc_profile(space: bytes, tags: dict[bytes, bytes], *, kind: bytes = b"mntr", pcs: bytes = b"XYZ ") -> bytes:
@@ -199,6 +223,19 @@ def test_16_bit_pgm_is_16_bit(tmp_path: Path) -> None:
     result = read_image(tmp_path / "a.pgm")
     assert np.array_equal(result.pixels[..., 1], gray)
     assert result.notes == ()
+
+
+def test_tiff_gray_of_12_bits_and_with_white_at_zero(tmp_path: Path) -> None:
+    twelve = b"\x00\x08\x00\xff\xf0\x01"  # 0, 2048, 4095, 1, two to three bytes
+    path = tmp_path / "a.tif"
+    for bits, white_is_zero, data, expected in (
+        (12, False, twelve, [0, 32776, 65535, 16]),
+        (16, False, struct.pack("<4H", 0, 1, 4660, 65535), [0, 1, 4660, 65535]),
+        (16, True, struct.pack("<4H", 0, 1, 4660, 65535), [65535, 65534, 60875, 0]),
+        (8, True, bytes([0, 1, 200, 255]), [255, 254, 55, 0]),
+    ):
+        path.write_bytes(tiff(4, bits, white_is_zero, data))
+        assert read_image(path).pixels[0, :, 1].tolist() == expected
 
 
 def test_16_bit_colour_is_cut_to_8_and_says_so(tmp_path: Path) -> None:
@@ -577,41 +614,51 @@ def test_pillows_warnings_stay_inside_and_others_do_not(tmp_path: Path, monkeypa
 
 
 def test_many_threads_read_what_one_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while the main thread changes the filters of warnings, and with pictures above Pillow's limit between."""
+    """With pictures above Pillow's limit and pictures that make Pillow warn among them."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     paths = []
     for number in range(24):
-        side = 24 if number % 3 else 48  # 48 x 48 is above twice Pillow's limit
-        pixels = colours(side, side, 4 if number % 2 else 3, seed=number)
-        path = tmp_path / f"{number}.{('png', 'webp', 'tif', 'jpg')[number % 4 if not number % 2 else 0]}"
+        side = 48 if number % 3 == 0 else 24  # 48 x 48 is above twice Pillow's limit
+        suffix = ("png", "webp", "tif", "jpg")[number % 4]
+        pixels = colours(side, side, 3 if suffix == "jpg" else 4, seed=number)
         exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\3\0\0\0\1\0\1\0\0"
-        extra = {"exif": exif} if path.suffix == ".jpg" else {"icc_profile": SWAPPED}
-        Image.fromarray(pixels).save(path, **extra)
-        paths.append(path)
+        paths.append(tmp_path / f"{number}.{suffix}")
+        Image.fromarray(pixels).save(paths[-1], **({"exif": exif} if suffix == "jpg" else {"icc_profile": SWAPPED}))
     expected = [read_image(path) for path in paths]
-    done = threading.Event()
 
-    def read_all(seed: int) -> bool:
-        order = np.random.default_rng(seed).permutation(len(paths))
-        results = {i: read_image(paths[i]) for i in order}
-        return all(
-            np.array_equal(results[i].pixels, expected[i].pixels) and results[i].notes == expected[i].notes
-            for i in order
-        )
+    def read_all(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(len(paths)):
+            result = read_image(paths[i])
+            assert np.array_equal(result.pixels, expected[i].pixels) and result.notes == expected[i].notes
 
-    def disturb() -> None:
-        while not done.is_set():
-            warnings.simplefilter("error")
-            warnings.simplefilter("default")
-
-    with warnings.catch_warnings(), ThreadPoolExecutor(9) as pool:
-        disturbing = pool.submit(disturb)
-        try:
-            assert all(pool.map(read_all, range(16)))
-        finally:
-            done.set()
-        disturbing.result()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read_all, range(16)))
     assert Image.MAX_IMAGE_PIXELS == 1000
+    with pytest.raises(UserWarning, match="mine"):  # the filters are whole: warnings are still errors here
+        warnings.warn("mine", UserWarning, stacklevel=1)
+
+
+def test_pillows_limit_comes_back_when_two_threads_lift_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    first_inside, first_may_leave, first_left = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with _pillow_limit_of_at_least(100):
+            first_inside.set()
+            first_may_leave.wait(10)
+        first_left.set()
+
+    def second() -> int | None:
+        first_inside.wait(10)
+        threading.Timer(0.05, first_may_leave.set).start()
+        with _pillow_limit_of_at_least(200):
+            first_left.wait(10)
+            return Image.MAX_IMAGE_PIXELS
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(first), pool.submit(second)]
+        assert running[1].result() == 200
+    assert Image.MAX_IMAGE_PIXELS == 10
 
 
 def test_the_first_reads_of_a_process_may_come_from_many_threads(tmp_path: Path) -> None:

@@ -121,15 +121,15 @@ def test_a_list_names_files_relative_to_itself(tree: Path, tmp_path: Path) -> No
     (tmp_path / "other" / "a.jpg").touch()
     (tmp_path / "other" / "x.jpg").touch()
     lines = [
-        "# my choice",
+        "sub/a.jpg",  # first, behind the byte order mark
         "",
-        "  sub/a.jpg  ",
+        "# my choice",
+        "  no_extension  ",
         "a.jpg",
         "./sub/../a.jpg",  # again
         str(tree / "b.jpg"),
         str(tmp_path / "other" / "a.jpg"),  # outside, and its name is taken
         "../other/x.jpg",
-        "no_extension",
         "#not-a-file.jpg",
         "missing.jpg",
     ]
