@@ -59,7 +59,7 @@ run_options = _together(
         "--batch-size",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Images of one size that go through the VAE together.  [default: about 2 megapixels]",
+        help="Images of one size that go through the VAE together.  [default: what suits the device]",
     ),
     click.option(
         "--workers",

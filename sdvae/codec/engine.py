@@ -96,14 +96,16 @@ def carry_out(
     plan: Plan,
     out: Path,
     options: RunOptions,
+    batch_pixels: int,
     *,
     read: Callable[[Item], Member],
     compute: Callable[[Sequence[Member]], Sequence[Tensor]],
     write: Callable[[Member, Tensor], None],
     on_progress: OnProgress | None,
 ) -> Tally:
-    """Do the jobs of a plan. `read` and `write` run in threads, `compute` in this one.
+    """Do the jobs of a plan: `read` and `write` in threads, `compute` in this one.
 
+    batch_pixels: how large batches are where the options leave it open.
     A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
     Raises: ConfigError where `out` cannot be made; SdvaeError where the disk is full.
     """
@@ -128,7 +130,7 @@ def carry_out(
         WriteBehind(options.num_workers, on_done) as writer,
         torch.inference_mode(),
     ):
-        for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size):
+        for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size, batch_pixels):
             for member, result in zip(batch, split(batch), strict=True):
                 if isinstance(result, Exception):
                     tally.fail(member.item, result)

@@ -42,7 +42,7 @@ class RunOptions:
 
     device: str = "auto"  # auto: cuda where there is one, else mps, else cpu
     dtype: str = "float32"  # of the computation
-    batch_size: int | None = None  # images of equal size that go through the VAE together; None: about 2 megapixels
+    batch_size: int | None = None  # images of equal size that go through the VAE together; None: what suits the device
     workers: int | None = None  # threads that read, and as many that write; None: one per core, at most 8
     overwrite: bool = False  # do again what is done, and replace files that sdvae did not write
 

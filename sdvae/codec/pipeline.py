@@ -19,8 +19,6 @@ Loaded = TypeVar("Loaded")
 
 # A queued pixel costs up to 12 bytes (three channels of float32), so each of the two queues stays under about 0.8 GB.
 QUEUE_PIXELS = 64_000_000
-# Enough for 8 images of 512 px, where an accelerator is busy already; larger batches cost memory and gain nothing.
-AUTO_BATCH_PIXELS = 2**21
 AUTO_BATCH_LIMIT = 64
 # Mixed folders have a few common shapes; a shape beyond these sends the fullest batch off.
 WAITING_SHAPES = 16
@@ -56,17 +54,21 @@ def read_ahead(
 
 
 def group_by_shape(
-    members: Iterable[Job], shape: Callable[[Job], Hashable], pixels: Callable[[Job], int], batch_size: int | None
+    members: Iterable[Job],
+    shape: Callable[[Job], Hashable],
+    pixels: Callable[[Job], int],
+    batch_size: int | None,
+    batch_pixels: int,
 ) -> Iterator[list[Job]]:
     """Batches of members of one shape.
 
-    batch_size: the most members of a batch; None: as many as make about 2 megapixels.
+    batch_size: the most members of a batch; None: as many as make `batch_pixels`, at least 1 and at most 64.
     """
     waiting: dict[Hashable, list[Job]] = {}
     for member in members:
         batch = waiting.setdefault(shape(member), [])
         batch.append(member)
-        limit = batch_size or max(1, min(AUTO_BATCH_LIMIT, AUTO_BATCH_PIXELS // pixels(member)))
+        limit = batch_size or max(1, min(AUTO_BATCH_LIMIT, batch_pixels // pixels(member)))
         if len(batch) >= limit:
             yield waiting.pop(shape(member))
         elif len(waiting) > WAITING_SHAPES:

@@ -22,8 +22,8 @@ __all__ = ["linear_init"]
 
 FILLED = 0.75  # largest share of a layer's channels that carries signals
 NUM_ROWS = 60_000  # positions that a least-squares fit sees
-RIDGE = 1e-5  # of the mean diagonal: equal neighbours after nearest upsampling make the systems singular
-CONSTANT = 3.0
+RIDGE = 1e-2  # of the mean diagonal: the systems are near singular, and large weights that cancel each other train badly
+CONSTANT = 2.0  # magnitude of those, where the strongest signal has variance 1
 LOG_STD = -3.0  # of the posterior at the start, where z has unit variance
 
 
@@ -64,7 +64,8 @@ def _fit_encoder(vae: AutoencoderKL, x: Tensor, generator: torch.Generator) -> T
             signals = int(FILLED * down.conv.out_channels)
             blocks = F.pixel_unshuffle(h[:, slots], 2)  # (B, 4 * signals, H / 2, W / 2)
             weight, bias = _principal_components(blocks, signals // 2 if is_last else signals)
-            top = F.conv2d(blocks, weight[:num_latents, :, None, None], bias[:num_latents])  # used after the last level
+            top = F.conv2d(blocks, weight[:num_latents, :, None, None], bias[:num_latents])
+            top = top / top.std(dim=(0, 2, 3), keepdim=True)  # z, should this be the last level
             if is_last:
                 weight, bias = torch.cat([weight, -weight]), torch.cat([bias, -bias])
             slots = _write(down.conv, weight.unflatten(1, (-1, 2, 2)), bias, slots)
@@ -156,15 +157,14 @@ def _block_components(x: Tensor, size: int, channels: int) -> Tensor:
 
 
 def _principal_components(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Weight (K, C) and bias (K,) that take h (B, C, H, W) to its leading components, each of mean 0 and variance 1.
+    """Weight (K, C) and bias (K,) that take h (B, C, H, W) to its K = `count` leading components, of mean 0.
 
-    K is `count`, or less where the rest varies too little to be scaled to variance 1.
+    All have the scale at which the first has variance 1. Scaled to variance 1 each, they would need large weights here and
+    small ones in the decoder, and the small ones are lost in the first steps of an optimizer such as Adam.
     """
     values = h.transpose(0, 1).flatten(1).double()  # (C, N)
     variances, vectors = torch.linalg.eigh(torch.cov(values))
-    variances, vectors = variances.flip(0)[:count], vectors.flip(1)[:, :count]
-    kept = variances > 1e-6 * variances[0]
-    weight = (vectors[:, kept] / variances[kept].sqrt()).T
+    weight = (vectors.flip(1)[:, :count] / variances[-1].sqrt()).T
     return weight.float(), (-weight @ values.mean(dim=1)).float()
 
 

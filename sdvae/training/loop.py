@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
@@ -76,7 +77,12 @@ def train(
         config = read_config(TrainConfig, config, overrides)
     elif overrides:
         raise ConfigError("overrides go with a YAML file; change the TrainConfig itself with dataclasses.replace")
-    return _Run(config, resume, overwrite).train()
+    was_initialized = AcceleratorState._shared_state != {}
+    try:
+        return _Run(config, resume, overwrite).train()
+    finally:
+        if not was_initialized:  # accelerate keeps one precision per process; the next run may want another
+            AcceleratorState._reset_state()
 
 
 class _Run:

@@ -121,7 +121,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_an_error_and_leaves_no_file(tmp_p
         ({"seed": "0"}, "seed is '0'; expected int"),
         ({"vae": {"name": "x"}}, "vae has no digest, dtype"),
         ({"vae": None}, "the header has no vae"),
-        ({"image": {"width": 200, "height": 13}}, r"mean has shape \(4, 2, 3\)"),
+        ({"image": {"width": 200, "height": 13}}, r"has shape \(4, 2, 3\)"),
     ],
 )
 def test_a_wrong_header_is_named(tmp_path: Path, changes: dict[str, object], reason: str) -> None:

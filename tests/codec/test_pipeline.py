@@ -52,13 +52,13 @@ def test_closing_the_reader_drops_what_has_not_begun() -> None:
 
 def test_batches_have_one_shape_and_keep_every_member() -> None:
     members = [("a", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5), ("a", 6)]
-    batches = list(group_by_shape(members, lambda m: m[0], lambda m: 1, batch_size=3))
+    batches = list(group_by_shape(members, lambda m: m[0], lambda m: 1, batch_size=3, batch_pixels=1))
     assert batches == [[("a", 1), ("a", 3), ("a", 4)], [("b", 2), ("b", 5)], [("a", 6)]]
 
 
 def test_automatic_batches_shrink_with_the_size_of_the_images() -> None:
     def largest(pixels: int) -> int:
-        batches = group_by_shape(range(100), lambda m: 0, lambda m: pixels, batch_size=None)
+        batches = group_by_shape(range(100), lambda m: 0, lambda m: pixels, batch_size=None, batch_pixels=2**21)
         return max(len(batch) for batch in batches)
 
     assert (largest(64 * 64), largest(512 * 512), largest(6000 * 4000)) == (64, 8, 1)
@@ -73,7 +73,7 @@ def test_a_folder_of_many_shapes_does_not_pile_up() -> None:
             produced += 1
             yield shape
 
-    for consumed, _ in enumerate(group_by_shape(members(), lambda m: m, lambda m: 1, batch_size=8)):
+    for consumed, _ in enumerate(group_by_shape(members(), lambda m: m, lambda m: 1, batch_size=8, batch_pixels=1)):
         assert produced - consumed <= WAITING_SHAPES + 1
     assert consumed == 999
 

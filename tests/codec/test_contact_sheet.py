@@ -1,0 +1,35 @@
+"""The contact sheet shows what it says, at a bounded size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sdvae.codec.contact_sheet import DIFFERENCE_GAIN, MAX_TILE_PX, contact_sheet, sheet_row
+
+
+def test_a_row_shows_both_images_and_their_amplified_difference() -> None:
+    original = np.full((20, 30, 3), 100, dtype=np.uint8)
+    reconstruction = original.copy()
+    reconstruction[:10, :, 0] += 5
+    reconstruction[10:, :, 1] -= 90
+    row = sheet_row(original, reconstruction, "a.png", "30 dB")
+    first, second, difference = (np.asarray(tile) for tile in row.tiles)
+    assert np.array_equal(first, original) and np.array_equal(second, reconstruction)
+    assert difference[0, 0].tolist() == [5 * DIFFERENCE_GAIN, 0, 0]
+    assert difference[-1, -1].tolist() == [0, 255, 0]  # clipped, not wrapped around
+
+
+def test_the_sheet_holds_its_rows_side_by_side_and_large_images_are_scaled_down() -> None:
+    red, blue = np.zeros((2, 600, 2000, 3), dtype=np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    rows = [sheet_row(red, blue, "a name " * 60, "1.00 dB"), sheet_row(red[:50, :40], blue[:50, :40], "b", "2.00 dB")]
+    assert rows[0].tiles[0].size == (MAX_TILE_PX, 115) and rows[1].tiles[0].size == (40, 50)
+    sheet = contact_sheet(rows, "VAE x", "PSNR 1.50 dB")
+    height, width = sheet.shape[:2]
+    assert sheet.dtype == np.uint8 and width < 3.3 * MAX_TILE_PX and height < 400
+    reds, blues = (np.argwhere((sheet == colour).all(axis=-1)) for colour in ([255, 0, 0], [0, 0, 255]))
+    assert len(reds) == len(blues) == MAX_TILE_PX * 115 + 40 * 50
+    assert reds[:, 1].max() < blues[:, 1].max()
+    magenta = (sheet == [255, 0, 255]).all(axis=-1)  # the difference
+    assert magenta.sum() == len(reds)
+    assert (sheet[:, -20:] == 255).all()  # the long name does not run over the edge
