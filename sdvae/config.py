@@ -141,7 +141,7 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     try:
         if hint is float and not isinstance(value, bool):
             return float(value)
-        if hint is int and not isinstance(value, bool) and int(value) == float(value):
+        if hint is int and not isinstance(value, bool) and (isinstance(value, int) or int(value) == float(value)):
             return int(value)
     except (TypeError, ValueError):
         pass
