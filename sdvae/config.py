@@ -55,7 +55,9 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"the override '{override}' goes into '{section}', which is a value and not a section")
+                raise ConfigError(
+                    f"the override '{override}' goes into '{section}', which is a value and not a section"
+                )
         try:
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError:

@@ -18,6 +18,7 @@ from sdvae.errors import CheckpointError
 __all__ = [
     "CONFIG_NAME",
     "PICKLE_SUFFIXES",
+    "WEIGHTS_NAME",
     "WEIGHT_SUFFIXES",
     "Found",
     "Kind",
@@ -34,6 +35,7 @@ __all__ = [
 
 CONFIG_NAME = "config.json"
 _STEM = "diffusion_pytorch_model"
+WEIGHTS_NAME = f"{_STEM}.safetensors"  # as diffusers saves a model in one file
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
 

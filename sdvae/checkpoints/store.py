@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.formats import CONFIG_NAME, Found, Kind
+from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME, Found, Kind
+from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.keys import current_attention_names, fields_from_shapes
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -48,10 +49,7 @@ __all__ = [
 BUNDLED_NAME = "sdvae-mini"
 
 _CLASS_NAME = "AutoencoderKL"
-_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _OWN_FILE = re.compile(r"config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_HUB_TIMEOUT_S = 10  # what the hub client allows for a download's first answer; listing files has no limit of its own
 _LEFTOVER_AGE_S = 3600  # no save takes this long: an unfinished one of this age was killed
 
 # Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
@@ -75,8 +73,8 @@ def _locate(ref: str | Path | None, subfolder: str | None, revision: str | None,
         return formats.identify(path if path.exists() else _aside(path), subfolder)
     if ref == BUNDLED_NAME:
         return _locate_bundled()
-    if _is_hub_id(ref):
-        return formats.identify(_hub_folder(str(ref), subfolder, revision, local_files_only))
+    if is_hub_id(ref):
+        return formats.identify(hub_folder(str(ref), subfolder, revision, local_files_only))
     raise MissingWeightsError(
         f"no VAE at '{ref}': {path.absolute()} does not exist. Pass an existing folder or weights file, or a hub id "
         f"'org/name'; a path is never looked up on the hub"
@@ -91,84 +89,6 @@ def _locate_bundled() -> Found:
             f"or name a VAE: a folder, a file or a hub id"
         )
     return formats.identify(path)
-
-
-def _is_hub_id(ref: str | Path) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    if (
-        not isinstance(ref, str)
-        or not _HUB_ID.fullmatch(ref)
-        or Path(ref).suffix in {".json", *formats.WEIGHT_SUFFIXES}
-    ):
-        return False
-    try:
-        validate_repo_id(ref)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _hub_folder(repo: str, subfolder: str | None, revision: str | None, local_files_only: bool) -> Path:
-    """Folder in the hub client's cache that holds the VAE of a repository; only its own files are fetched."""
-    hub = "not asked: local_files_only is set"
-    if not local_files_only:
-        try:
-            return _download(repo, subfolder, revision)
-        # The client's own errors, those of httpx, and those of requests in older versions share no base. All mean the
-        # same here: the hub gives nothing, so the cache serves; where that is empty too, the reason is told.
-        except Exception as error:
-            hub = f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
-    return _cached_folder(repo, subfolder, revision) or _raise_not_on_hub(repo, subfolder, revision, hub)
-
-
-def _download(repo: str, subfolder: str | None, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    listing = HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S)
-    names = [sibling.rfilename for sibling in listing.siblings or []]
-    found = formats.find_vae_files(names, subfolder)
-    if found is None or not found.has_config:
-        raise CheckpointError(f"the repository has no VAE with its {CONFIG_NAME}; it holds {formats.some(names)}")
-
-    def fetch(name: str) -> Path:
-        return Path(hf_hub_download(repo, found.path_of(name), revision=revision))
-
-    weights = fetch(found.weights)
-    if weights.suffix == ".json":
-        for name in sorted(set(formats.shard_names(weights).values())):
-            fetch(name)
-    return fetch(CONFIG_NAME).parent
-
-
-def _cached_folder(repo: str, subfolder: str | None, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    for folder in ["", "vae/"] if subfolder is None else [f"{subfolder.strip('/')}/"]:
-        config = try_to_load_from_cache(repo, f"{folder}{CONFIG_NAME}", revision=revision)
-        if isinstance(config, str) and formats.find_vae_files(formats.list_names(Path(config).parent, []), ""):
-            return Path(config).parent
-    return None
-
-
-def _raise_not_on_hub(repo: str, subfolder: str | None, revision: str | None, hub: str) -> Path:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    fetch = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
-    commands = [f'{fetch} --include "{subfolder or "vae"}/*"']
-    if subfolder is None:
-        commands = [f"{fetch} {CONFIG_NAME} {_WEIGHTS_NAME}", f"{commands[0]}   (where the repository is a pipeline)"]
-    raise MissingWeightsError(
-        f"no VAE at '{repo}'. Looked for\n"
-        f"  folder {Path(repo).absolute()}: not there\n"
-        f"  cache  {cache}: {'there, but not with a whole VAE of this revision' if cache.is_dir() else 'not there'}\n"
-        f"  hub    {constants.ENDPOINT}/{repo}: {hub}\n"
-        f"Fetch it where there is a network (`hf auth login` first, if it is private or gated):\n"
-        + "".join(f"  {command}\n" for command in commands)
-        + "or pass the path of a folder or file"
-    )
 
 
 def _config_path(found: Found, config: str | Path | None) -> Path:
@@ -394,7 +314,7 @@ def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
     if name := _first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not saved: `{name}` has values that are not finite as {tensors[name].dtype}")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / _WEIGHTS_NAME, metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     for file in folder.iterdir():
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())

@@ -45,7 +45,7 @@ class DecoderOutput(BaseOutput):
 class AutoencoderKL(ModelMixin, ConfigMixin):
     """Convolutional autoencoder with a Gaussian latent: x (B, 3, H, W) in [-1, 1] <-> z (B, latent_channels, h, w).
 
-    Takes the configuration and the weights of diffusers' class of the same name, and gives the same numbers within rounding.
+    Takes configuration and weights of diffusers' class of the same name, and gives the same numbers within rounding.
     z is never scaled here: `latents = (z - shift_factor) * scaling_factor` is left to whoever trains a diffusion model.
 
     Arguments are the stock ones: `block_out_channels` has one width per level, and each level but the last halves the
@@ -112,7 +112,8 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         """Posterior of z for a batch of images.
 
         x: (B, in_channels, H, W), [-1, 1]. Sides that are no multiple of the compression ratio lose their rest.
-        Returns: an output whose `latent_dist` has moments (B, 2 * latent_channels, h, w), or with return_dict=False a 1-tuple.
+        Returns: an output whose `latent_dist` has moments (B, 2 * latent_channels, h, w); with return_dict=False a
+        1-tuple of the posterior.
         """
         posterior = DiagonalGaussian(self._over_batch(self._encode, x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -199,7 +200,8 @@ def _check_blocks(
             raise ConfigError(f"{field} is {list(types)}; this autoencoder is built from '{known}' only")
         if len(types) != len(widths):
             raise ConfigError(
-                f"{field} names {len(types)} levels, but block_out_channels has {len(widths)}: {list(widths)}; give one block type per width"
+                f"{field} names {len(types)} levels, but block_out_channels has {len(widths)}: "
+                f"{list(widths)}; give one block type per width"
             )
     if bad := [width for width in widths if width % groups]:
         raise ConfigError(f"block_out_channels {bad} cannot be divided into norm_num_groups = {groups} equal groups")

@@ -32,7 +32,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ResnetBlock2D(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, activation: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -153,9 +155,7 @@ class UpDecoderBlock2D(nn.Module):
 class UNetMidBlock2D(nn.Module):
     """The narrowest part: a residual block, self-attention unless switched off, a residual block."""
 
-    def __init__(
-        self, channels: int, groups: int, activation: Callable[[Tensor], Tensor], add_attention: bool
-    ) -> None:
+    def __init__(self, channels: int, groups: int, activation: Callable[[Tensor], Tensor], add_attention: bool) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([Attention(channels, groups)] if add_attention else [])
         self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, groups, activation) for _ in range(2))
@@ -231,9 +231,7 @@ class Decoder(nn.Module):
         for level, out_width in enumerate(reversed(block_out_channels)):
             # one residual block more than the encoder has, as in every program of the family
             self.up_blocks.append(
-                UpDecoderBlock2D(
-                    width, out_width, layers_per_block + 1, groups, activation, add_upsample=level != last
-                )
+                UpDecoderBlock2D(width, out_width, layers_per_block + 1, groups, activation, add_upsample=level != last)
             )
             width = out_width
         self.conv_norm_out = nn.GroupNorm(groups, width, eps=NORM_EPS)
@@ -250,8 +248,8 @@ class Decoder(nn.Module):
 def _run(owner: Encoder | Decoder, block: nn.Module, h: Tensor) -> Tensor:
     if owner.gradient_checkpointing and torch.is_grad_enabled():
         # diffusers' enable_gradient_checkpointing() sets this function
-        return owner._gradient_checkpointing_func(block, h)  # type: ignore[operator,no-any-return]
-    return block(h)  # type: ignore[no-any-return]
+        return owner._gradient_checkpointing_func(block, h)  # type: ignore[operator]
+    return block(h)
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:

@@ -39,7 +39,7 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """One draw of z.
 
-        generator: one for the batch, or a sequence with one per image; a CPU generator gives the same draw on every device.
+        generator: one for the batch, or a sequence with one per image; one on the CPU draws the same for every device.
         Returns: (B, C, h, w), in the dtype of the moments.
         """
         return self.mean + self.std * _randn_like(self.mean, generator)

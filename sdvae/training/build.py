@@ -28,4 +28,5 @@ def build_autoencoder(model: Mapping[str, Any], seed: int) -> AutoencoderKL:
     fields.setdefault("up_block_types", ("UpDecoderBlock2D",) * levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoencoderKL(**fields)
+        vae: AutoencoderKL = AutoencoderKL(**fields)
+    return vae

@@ -20,7 +20,9 @@ class DataConfig:
 
     path: str  # folder, glob, one file, or .txt list of training images
     val_path: str | None = None  # the same for validation; null: num_val_images are held out of `path`
-    num_val_images: int = 16  # held out of `path` when val_path is null; else the most that are read from val_path; 0: none
+    num_val_images: int = (
+        16  # held out of `path` when val_path is null; else the most that are read from val_path; 0: none
+    )
     crop_px: int = 256  # side of the square random crops; smaller images are enlarged first
     val_crop_px: int | None = 256  # validation sees this centre crop; null: whole images
     num_workers: int = 0  # processes that read images; 0: the training process itself
@@ -28,7 +30,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self.crop_px >= 8, "data.crop_px", self.crop_px, "at least 8 px")
-        _require(self.val_crop_px is None or self.val_crop_px >= 8, "data.val_crop_px", self.val_crop_px, "8 px or more")
+        _require(
+            self.val_crop_px is None or self.val_crop_px >= 8, "data.val_crop_px", self.val_crop_px, "8 px or more"
+        )
         _require(self.num_val_images >= 0, "data.num_val_images", self.num_val_images, "0 or more")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
 
@@ -92,7 +96,9 @@ class TrainConfig:
 
     run_dir: str  # folder for checkpoints, samples, logs and the finished VAE
     data: DataConfig
-    model: dict[str, Any] = field(default_factory=dict)  # parameters of sdvae.AutoencoderKL that differ from its defaults
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # parameters of sdvae.AutoencoderKL that differ from its defaults
     loss: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

@@ -12,7 +12,7 @@ __all__ = ["EMA", "ema_decay_at"]
 
 
 def ema_decay_at(step: int, decay: float) -> float:
-    """Decay of the update that follows optimizer update `step` (the first is 0): short memory first, `decay` in the long run.
+    """Decay of the update after optimizer update `step` (the first is 0): short memory first, `decay` in the long run.
 
     Source: tf.train.ExponentialMovingAverage, min(decay, (1 + step) / (10 + step)).
     """

@@ -4,8 +4,8 @@ With the residual branches switched off, the network is a chain of convolutions.
 encoder's to principal components of blocks of pixels, the decoder's by least squares, to predict such components, and
 at last the pixels, from z. Training then starts from the quality of a linear transform instead of from noise.
 
-Two tricks carry linear signals through the last GroupNorm and SiLU. As silu(u) - silu(-u) = u, signals come there in both
-signs. And channels that carry no signal hold constants, so that the variance of a group hardly depends on the image.
+Two tricks carry linear signals through the last GroupNorm and SiLU. As silu(u) - silu(-u) = u, signals come there in
+both signs. And channels that carry no signal hold constants, so that a group's variance hardly depends on the image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ __all__ = ["linear_init"]
 
 FILLED = 0.75  # largest share of a layer's channels that carries signals
 NUM_ROWS = 60_000  # positions that a least-squares fit sees
-RIDGE = 1e-2  # of the mean diagonal: the systems are near singular, and large weights that cancel each other train badly
+RIDGE = (
+    1e-2  # of the mean diagonal: the systems are near singular, and large weights that cancel each other train badly
+)
 CONSTANT = 2.0  # magnitude of those, where the strongest signal has variance 1
 LOG_STD = -3.0  # of the posterior at the start, where z has unit variance
 
@@ -107,7 +109,8 @@ def _pass_on(resnet: ResnetBlock2D, slots: Tensor) -> Tensor:
 def _write(conv: nn.Conv2d, weight: Tensor, bias: Tensor, slots: Tensor) -> Tensor:
     """Make `conv` read signals from channels `slots`, and write them spread evenly over its outputs, constants between.
 
-    weight: (signals, len(slots), kh, kw): 3x3, 1x1 for the centre, or 2x2 for a downsampling. Returns: the output channels.
+    weight: (signals, len(slots), kh, kw): 3x3, 1x1 for the centre, or 2x2 for a downsampling.
+    Returns: the output channels.
     """
     signals, size = weight.shape[0], weight.shape[-1]
     out = torch.arange(signals) * conv.out_channels // signals
@@ -115,17 +118,15 @@ def _write(conv: nn.Conv2d, weight: Tensor, bias: Tensor, slots: Tensor) -> Tens
     conv.weight.zero_()
     region = conv.weight[:, :, corner : corner + size, corner : corner + size]
     region[out[:, None], slots] = weight
-    conv.bias.copy_(CONSTANT * (1.0 - 2.0 * (torch.arange(conv.out_channels) % 2)))  # type: ignore[union-attr]
-    conv.bias[out] = bias  # type: ignore[index]
+    conv.bias.copy_(CONSTANT * (1.0 - 2.0 * (torch.arange(conv.out_channels) % 2)))
+    conv.bias[out] = bias
     return out
 
 
-def _fit(
-    conv: nn.Conv2d, h: Tensor, target: Tensor, generator: torch.Generator, slots: Tensor | None = None
-) -> Tensor:
+def _fit(conv: nn.Conv2d, h: Tensor, target: Tensor, generator: torch.Generator, slots: Tensor | None = None) -> Tensor:
     """Set a 3x3 `conv` to predict target (B, K, H, W) from h (B, C, H, W) with least squared error.
 
-    slots: the channels of h to use, and constants are written between the outputs; None: all, and the outputs stand first.
+    slots: the channels of h to use, with constants between the outputs; None: all of h, and the outputs stand first.
     Returns: the output channels.
     """
     inputs = h if slots is None else h[:, slots]
@@ -143,14 +144,17 @@ def _fit(
     if slots is not None:
         return _write(conv, weight, bias, slots)
     conv.weight.zero_()
-    conv.bias.zero_()  # type: ignore[union-attr]
+    conv.bias.zero_()
     conv.weight[: len(weight)] = weight
-    conv.bias[: len(bias)] = bias  # type: ignore[index]
+    conv.bias[: len(bias)] = bias
     return torch.arange(len(weight))
 
 
 def _block_components(x: Tensor, size: int, channels: int) -> Tensor:
-    """Principal components of size x size blocks of pixels, as many as a layer of `channels` may carry. (B, K, H / size, W / size)"""
+    """Principal components of size x size blocks of pixels, as many as a layer of `channels` may carry.
+
+    Returns: (B, K, H / size, W / size).
+    """
     blocks = F.pixel_unshuffle(x, size)
     weight, bias = _principal_components(blocks, int(FILLED * channels))
     return F.conv2d(blocks, weight[:, :, None, None], bias)
@@ -159,8 +163,8 @@ def _block_components(x: Tensor, size: int, channels: int) -> Tensor:
 def _principal_components(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Weight (K, C) and bias (K,) that take h (B, C, H, W) to its K = `count` leading components, of mean 0.
 
-    All have the scale at which the first has variance 1. Scaled to variance 1 each, they would need large weights here and
-    small ones in the decoder, and the small ones are lost in the first steps of an optimizer such as Adam.
+    All have the scale at which the first has variance 1. Scaled to variance 1 each, they would need large weights here
+    and small ones in the decoder, and the small ones are lost in the first steps of an optimizer such as Adam.
     """
     values = h.transpose(0, 1).flatten(1).double()  # (C, N)
     variances, vectors = torch.linalg.eigh(torch.cov(values))
@@ -171,4 +175,4 @@ def _principal_components(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _set_identity(conv: nn.Conv2d | None) -> None:
     if conv is not None:
         nn.init.dirac_(conv.weight)
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(conv.bias)

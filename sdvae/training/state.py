@@ -1,8 +1,8 @@
 """Everything that resuming a run needs, and the folders it is kept in.
 
-A checkpoint `step-00000500/` is what accelerate saves (weights, optimizer, random states of every process) plus the
-EMA and the counters, which accelerate saves for us. It is written under another name and then renamed, so a folder of that
-name is always whole.
+A checkpoint `step-00000500/` is what accelerate saves: weights, optimizer, random states of every process, and the EMA
+and the counters that it was told of. It is written under another name and then renamed, so a folder of that name is
+always whole.
 """
 
 from __future__ import annotations

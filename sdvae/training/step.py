@@ -28,8 +28,8 @@ class Reconstruction:
 class GeneratorModule(nn.Module):
     """Encoding, drawing z and decoding as one `forward`.
 
-    Gradients are averaged over devices only for what runs inside the `forward` of the wrapped module; calling `encode` and
-    `decode` of an unwrapped VAE leaves every device with gradients of its own.
+    Gradients are averaged over devices only for what runs inside the `forward` of the wrapped module; calling `encode`
+    and `decode` of an unwrapped VAE leaves every device with gradients of its own.
     """
 
     def __init__(self, vae: AutoencoderKL, sample_posterior: bool = True) -> None:
@@ -56,7 +56,7 @@ def generator_loss(output: Reconstruction, x: Tensor, config: LossConfig) -> tup
 
 
 def lr_at(step: int, *, lr: float, steps: int, warmup_steps: int, final_lr_ratio: float) -> float:
-    """Learning rate of optimizer update `step` (the first is 0): linear warm-up, then a half cosine to lr * final_lr_ratio.
+    """Learning rate of optimizer update `step` (the first is 0): linear warm-up, half a cosine to lr * final_lr_ratio.
 
     Source of the cosine: Loshchilov & Hutter 2017, equation 5, one period.
     """

@@ -40,7 +40,9 @@ class Validator:
         """Uses z = mode, so it draws no random number; the training mode of `vae` is put back."""
         was_training = vae.training
         vae.eval()
-        psnrs, kls, rows = [], [], []
+        psnrs: list[float] = []
+        kls: list[float] = []
+        rows: list[np.ndarray] = []
         for path in self.paths:
             image = _centre(_to_8_bit(read_image(path).pixels), self.crop_px)
             x, _ = pad_to_multiple(image_to_x(image)[None].to(vae.device), vae.spatial_compression_ratio)

@@ -83,10 +83,14 @@ def test_a_finished_run_is_a_folder_that_diffusers_loads_with_its_measured_scale
     result = train(config)
     stock, info = diffusers.AutoencoderKL.from_pretrained(result.vae_dir, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert stock.config.scaling_factor == result.scaling_factor == load_autoencoder(result.vae_dir).config.scaling_factor
+    assert (
+        stock.config.scaling_factor == result.scaling_factor == load_autoencoder(result.vae_dir).config.scaling_factor
+    )
     # the measured factor brings latents of the training images to about unit variance
     with torch.inference_mode():
-        z = torch.cat([stock.encode(_x(path)).latent_dist.sample() for path in sorted(Path(config.data.path).glob("*"))])
+        z = torch.cat(
+            [stock.encode(_x(path)).latent_dist.sample() for path in sorted(Path(config.data.path).glob("*"))]
+        )
     assert 0.8 < float(z.std()) * result.scaling_factor < 1.25
 
 

@@ -48,7 +48,9 @@ def test_a_plain_autoencoder_draws_nothing(tiny_vae) -> None:
 
 
 def test_schedule_at_its_corners() -> None:
-    at = {step: lr_at(step, lr=1.0, steps=110, warmup_steps=10, final_lr_ratio=0.1) for step in (0, 9, 10, 60, 110, 500)}
+    at = {
+        step: lr_at(step, lr=1.0, steps=110, warmup_steps=10, final_lr_ratio=0.1) for step in (0, 9, 10, 60, 110, 500)
+    }
     assert at == pytest.approx({0: 0.1, 9: 1.0, 10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1})
     assert lr_at(70, lr=2.0, steps=100, warmup_steps=0, final_lr_ratio=1.0) == 2.0
 

@@ -1,0 +1,93 @@
+"""Imports go one way, heavy libraries have one address each, and `import sdvae` is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdvae
+
+PACKAGE = Path(sdvae.__file__).parent
+
+# Packages of one level do not import each other.
+LEVELS = [
+    {"_version", "_torchvision", "errors"},
+    {"config"},
+    {"model", "features", "data"},
+    {"checkpoints"},
+    {"evaluation", "codec", "explore"},
+    {"training"},
+    {"cli"},
+]
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+ADDRESSES = {
+    "diffusers": {"model/autoencoder.py", "checkpoints/store.py"},
+    "accelerate": {"training/loop.py", "training/state.py"},
+    "datasets": {"data/sources.py"},
+}
+
+
+def imports(source: str, package: str) -> set[str]:
+    """Full names of the modules that a source file imports, at any depth of its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            found.add(".".join(part for part in (base, node.module) if part))
+            if node.module == "sdvae":
+                found |= {f"sdvae.{alias.name}" for alias in node.names}
+    return found
+
+
+def files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in LEVEL_OF)
+
+
+def violations(source: str, part: str) -> list[str]:
+    targets = {name.split(".")[1] for name in imports(source, f"sdvae.{part}") if name.startswith("sdvae.")}
+    return sorted(name for name in targets - {part} if LEVEL_OF[name] >= LEVEL_OF[part] and part not in LEVELS[0])
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_file_imports_only_from_levels_below_its_own(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert violations(path.read_text(encoding="utf-8"), part) == []
+
+
+def test_the_check_sees_a_wrong_import() -> None:
+    assert violations("from sdvae.training.loop import train", "codec") == ["training"]
+    assert violations("import sdvae.codec.run", "evaluation") == ["codec"]
+    assert violations("def f():\n    from sdvae import cli", "training") == ["cli"]
+
+
+@pytest.mark.parametrize("library", ADDRESSES)
+def test_a_heavy_library_is_imported_only_at_its_address(library: str) -> None:
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == library for name in imports(path.read_text(encoding="utf-8"), "sdvae"))
+    }
+    assert users <= ADDRESSES[library]
+
+
+def test_public_names_exist_and_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, sdvae\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'yaml', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "missing = [name for name in sdvae.__all__ if not getattr(sdvae, name)]\n"
+        "assert not missing, missing\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        sdvae.nonsense  # noqa: B018

@@ -1,0 +1,102 @@
+"""YAML, overrides and what is said when they are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdvae.config import config_from_dict, config_to_dict, dump_config, read_config
+from sdvae.errors import ConfigError
+from sdvae.training.config import TrainConfig
+
+BASE = {"run_dir": "runs/x", "data": {"path": "photos"}}
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> TrainConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_config(TrainConfig, path, overrides)
+
+
+def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
+    text = yaml.safe_dump({**BASE, "training": {"lr": 0.5, "steps": 7}})
+    config = read(
+        tmp_path, text, "training.lr=1e-4", "loss.rec=l2", "data.val_crop_px=null", "model.block_out_channels=[8, 16]"
+    )
+    assert config.training.lr == 1e-4 and isinstance(config.training.lr, float)
+    assert (config.training.steps, config.training.batch_size) == (7, 8)
+    assert config.loss.rec == "l2" and config.data.val_crop_px is None
+    assert config.model == {"block_out_channels": [8, 16]}
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-6 as text."""
+    config = read(tmp_path, yaml.safe_dump(BASE) + "loss:\n  kl_weight: 1e-6\n")
+    assert config.loss.kl_weight == 1e-6
+
+
+def test_dump_and_read_again_is_the_identity(tmp_path: Path) -> None:
+    config = config_from_dict(TrainConfig, {**BASE, "training": {"betas": [0.5, 0.9], "seed": 2**60 + 1}})
+    assert read(tmp_path, dump_config(config)) == config
+    assert config_from_dict(TrainConfig, config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lrr=1", r"unknown key 'training.lrr'; did you mean 'training?\.?lr'\?|did you mean 'lr'"),
+        ("trainng.lr=1", "did you mean 'training'"),
+        ("training.lr=fast", "'training.lr' is 'fast'; expected float"),
+        ("training.lr=-1", "'training.lr' is -1.0; expected above 0"),
+        ("training.steps=1.5", "'training.steps' is 1.5; expected int"),
+        ("training.steps=true", "'training.steps' is True; expected int"),
+        ("training.betas=0.9", r"'training.betas' is 0.9; expected a list"),
+        ("training.betas=[0.9]", r"'training.betas' is \[0.9\]; expected two numbers"),
+        ("training.channels_last=maybe", "'training.channels_last' is 'maybe'; expected bool"),
+        ("loss.rec=l3", "'loss.rec' is 'l3'; expected one of l1, l2"),
+        ("data=photos", "'data' is 'photos'; expected a section"),
+        ("data.path.deeper=1", "goes into 'path', which is a value"),
+        ("training.lr", "not of the form key=value"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_dotted_key(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, yaml.safe_dump(BASE), override)
+
+
+def test_a_missing_required_key_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'data.path' is missing; .*--set data.path="):
+        read(tmp_path, "run_dir: x\ndata: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "holds a list"), ("run_dir: x", "'data' is missing")]
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.yaml.*{message}"):
+        read(tmp_path, text)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent.yaml: No such file"):
+        read_config(TrainConfig, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_autoencoder(recipe: Path) -> None:
+    from sdvae.training.build import build_autoencoder
+
+    config = read_config(TrainConfig, recipe, ["data.path=photos"])
+    assert build_autoencoder(config.model, seed=0).spatial_compression_ratio == 8
+
+
+def test_a_wrong_model_parameter_is_named() -> None:
+    from sdvae.training.build import build_autoencoder
+
+    with pytest.raises(ConfigError, match="unknown key 'model.channels'; known keys: in_channels"):
+        build_autoencoder({"channels": 3}, seed=0)
+    with pytest.raises(ConfigError, match=r"block_out_channels \[10\] cannot be divided into norm_num_groups = 4"):
+        build_autoencoder({"block_out_channels": [8, 10], "norm_num_groups": 4}, seed=0)
