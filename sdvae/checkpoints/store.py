@@ -315,6 +315,8 @@ def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
         raise CheckpointError(f"the VAE is not saved: `{name}` has values that are not finite as {tensors[name].dtype}")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    # safetensors makes files for the owner alone; those who may read the config may read the weights
+    (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
     for file in folder.iterdir():
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())

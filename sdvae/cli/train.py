@@ -22,8 +22,15 @@ Examples:
 @click.option("--overwrite", is_flag=True, help="Start afresh in a run_dir that holds another run, and replace it.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved config and the images found, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.pass_context
 def train_command(
-    config: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, dry_run: bool, as_json: bool
+    ctx: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Train an autoencoder on a folder of photographs.
 
@@ -57,7 +64,13 @@ def train_command(
 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("sdvae").setLevel(logging.INFO)
-    result = train(resolved, resume=resume, overwrite=overwrite)
+    try:
+        result = train(resolved, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        click.echo(f"Interrupted. The newest checkpoint in {resolved.run_dir} is whole; --resume goes on.", err=True)
+        ctx.exit(130)
+    if not result.is_main_process:
+        return
     if as_json:
         values = {
             "vae_dir": str(result.vae_dir),

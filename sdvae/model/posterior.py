@@ -39,7 +39,7 @@ class DiagonalGaussian:
     def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """One draw of z.
 
-        generator: one for the batch, or a sequence with one per image; one on the CPU draws the same for every device.
+        generator: one for the batch, alone or in a list, or one per image; on the CPU they draw alike for any device.
         Returns: (B, C, h, w), in the dtype of the moments.
         """
         return self.mean + self.std * _randn_like(self.mean, generator)
@@ -68,6 +68,8 @@ class DiagonalGaussian:
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    if isinstance(generator, Sequence) and len(generator) == 1:
+        generator = generator[0]  # as diffusers: a sequence of one serves the whole batch
     if isinstance(generator, Sequence):
         if len(generator) != x.shape[0]:
             raise ValueError(f"{len(generator)} generators for a batch of {x.shape[0]}; expected one per image")

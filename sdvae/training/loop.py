@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image
 from torch import Tensor
 
@@ -61,6 +61,7 @@ class TrainResult:
     steps: int  # optimizer updates
     val_psnr: float | None  # dB, mean over the held-out images, averaged weights; None without such images
     scaling_factor: float
+    is_main_process: bool = True  # false in all processes of a run on several devices but one
 
 
 def train(
@@ -122,7 +123,8 @@ class _Run:
         self.accelerator.register_for_checkpointing(self.ema, self.progress)
         if checkpoint is not None:
             load_checkpoint(self.accelerator, checkpoint)
-            logger.info("resumed from %s", checkpoint)
+            if self.accelerator.is_main_process:
+                logger.info("resumed from %s", checkpoint)
 
         self.validator = Validator(val_paths, config.data.val_crop_px)
         self.last_val_psnr: float | None = None
@@ -133,7 +135,8 @@ class _Run:
             self._write_description()
         self.accelerator.init_trackers("tensorboard")
         batches = self._batches()
-        window_start, window_step = time.perf_counter(), self.progress.step
+        first_step = self.progress.step
+        window_start, window_step = time.perf_counter(), first_step
         while self.progress.step < options.steps:
             logs = self._step(batches)
             step = self.progress.step
@@ -146,7 +149,7 @@ class _Run:
                 self._validate()
             if _is_due(step, options.checkpoint_every, options.steps):
                 save_checkpoint(self.accelerator, self.checkpoints_dir, step, options.num_checkpoints)
-        if self.last_val_psnr is None:  # resumed at the very end
+        if self.progress.step == first_step:  # resumed at the very end
             self._validate()
         result = self._finish()
         self.accelerator.end_training()
@@ -170,8 +173,7 @@ class _Run:
             is_last = index == options.accumulation - 1
             # gradients are averaged over devices once per update, with the last pass
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):
-                with self.accelerator.autocast():
-                    output = Reconstruction(*self.module(x))
+                output = Reconstruction(*self.module(x))  # under autocast; float32 comes out
                 loss, terms = generator_loss(output, x, self.config.loss)
                 self._require_finite(loss)
                 self.accelerator.backward(loss / options.accumulation)
@@ -240,8 +242,10 @@ class _Run:
             if self.config.training.num_calibration_images:
                 self.vae.register_to_config(scaling_factor=self._measure_scaling_factor())
             save_autoencoder(self.vae, vae_dir, overwrite=True)
-        self.accelerator.wait_for_everyone()
-        return TrainResult(vae_dir, self.progress.step, self.last_val_psnr, float(self.vae.config.scaling_factor))
+        # only the main process has measured; the others wait here for it and report the same
+        measured = [self.last_val_psnr, float(self.vae.config.scaling_factor)]
+        val_psnr, scaling_factor = broadcast_object_list(measured)
+        return TrainResult(vae_dir, self.progress.step, val_psnr, scaling_factor, self.accelerator.is_main_process)
 
     @torch.inference_mode()
     def _measure_scaling_factor(self) -> float:
@@ -281,6 +285,7 @@ class _Run:
         if self.progress.step == 0:  # a fresh run: what an overwritten one left must not be resumed or mixed in
             for name in ("metrics.jsonl", "checkpoints", "samples", "tensorboard"):
                 _remove(self.run_dir / name)
+        _drop_rows_after(self.run_dir / "metrics.jsonl", self.progress.step)
         (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         environment = {
             "sdvae": __version__,
@@ -315,6 +320,14 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
+
+
+def _drop_rows_after(metrics_path: Path, step: int) -> None:
+    """What a killed run logged after the checkpoint that is resumed from comes once more."""
+    if metrics_path.exists():
+        rows = metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        metrics_path.write_text("".join(kept), encoding="utf-8")
 
 
 def _made(folder: Path) -> Path:

@@ -859,3 +859,11 @@ def test_the_digest_depends_on_values_and_meaning_alone(tmp_path: Path) -> None:
 def test_the_digest_of_a_whole_number_is_that_of_the_same_decimal() -> None:
     one, other = (make(**LAYOUTS["sd"], scaling_factor=value) for value in (1, 1.0))
     assert autoencoder_digest(one) == autoencoder_digest(other)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_saved_weights_are_as_readable_as_any_new_file(tiny_vae: AutoencoderKL, tmp_path: Path) -> None:
+    folder = save_autoencoder(tiny_vae, tmp_path / "vae")
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
 
 from sdvae.model.autoencoder import AutoencoderKL
-
-from diffusers import AutoencoderKL as StockAutoencoderKL  # isort: skip  # after the repair of torchvision
 
 
 class Pair(NamedTuple):

@@ -10,19 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import AutoencoderKL as StockAutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.layers import Decoder, Encoder, ResnetBlock2D
-
-import diffusers  # isort: skip  # after the repair of torchvision
-from diffusers import AutoencoderKL as StockAutoencoderKL  # isort: skip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = pytest.mark.parametrize("cls", [AutoencoderKL, StockAutoencoderKL], ids=["ours", "stock"])

@@ -44,9 +44,7 @@ def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, change
     train(whole)
     # the same run, stopped after step 3: the schedule is that of all six steps
     train(halves)
-    for name in ("vae", "tensorboard", "metrics.jsonl"):
-        path = Path(halves.run_dir) / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(Path(halves.run_dir) / "vae")
     shutil.rmtree(Path(halves.run_dir) / "checkpoints" / "step-00000006")
     torch.rand(5)  # whatever happens in the process between must not matter
     result = train(halves, resume=True)
@@ -55,8 +53,9 @@ def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, change
     assert_equal(checkpoint_weights(whole.run_dir, 6), checkpoint_weights(halves.run_dir, 6))
     assert_equal(weights_of(Path(whole.run_dir) / "vae"), weights_of(result.vae_dir))
     assert (Path(whole.run_dir) / "vae/config.json").read_text() == (result.vae_dir / "config.json").read_text()
-    last = [json.loads(line) for line in (Path(halves.run_dir) / "metrics.jsonl").read_text().splitlines()][-1]
-    assert last["step"] == 6 and math.isfinite(last["val/psnr"])
+    logged = [json.loads(line) for line in (Path(halves.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    # what the first attempt logged after step 3 is not there twice
+    assert [row["step"] for row in logged] == [2, 4, 6, 6] and math.isfinite(logged[-1]["val/psnr"])
 
 
 def test_a_run_that_starts_anew_at_step_3_differs(make_config) -> None:
