@@ -27,12 +27,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
-from PIL import Image
 from torch import Tensor
 
 from sdvae._version import __version__
 from sdvae.checkpoints.store import save_autoencoder
+from sdvae.codec.contact_sheet import contact_sheet
 from sdvae.config import config_to_dict, dump_config, read_config
+from sdvae.data.images import save_image
 from sdvae.data.loader import CropDataset, build_loader
 from sdvae.errors import ConfigError, OutputExistsError, TrainingError
 from sdvae.evaluation.latents import LatentStatistics
@@ -229,9 +230,11 @@ class _Run:
                 result = self.validator.run(self.vae)
             self.last_val_psnr = result.psnr
             self._log({"val/psnr": result.psnr, "val/kl": result.kl})
-            Image.fromarray(result.grid).save(_made(self.run_dir / "samples") / f"step-{self.progress.step:08d}.png")
+            title, subtitle = f"step {self.progress.step}", f"PSNR {result.psnr:.2f} dB, averaged weights"
+            sheet = contact_sheet(result.rows, title, subtitle)
+            save_image(sheet, _made(self.run_dir / "samples") / f"step-{self.progress.step:08d}.png")
             for tracker in self.accelerator.trackers:
-                tracker.log_images({"val/samples": result.grid[None]}, step=self.progress.step, dataformats="NHWC")
+                tracker.log_images({"val/samples": sheet[None]}, step=self.progress.step, dataformats="NHWC")
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> TrainResult:

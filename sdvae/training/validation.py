@@ -1,4 +1,4 @@
-"""Measuring an autoencoder on held-out images during training, with a picture of what it does."""
+"""Measuring an autoencoder on held-out images during training, with rows for a picture of what it does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sdvae.codec.contact_sheet import SheetRow, sheet_row
 from sdvae.data.images import image_to_x, read_image, x_to_image
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.evaluation.metrics import psnr
@@ -16,16 +17,14 @@ from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["ValidationResult", "Validator"]
 
-GRID_ROWS = 6
-GRID_TILE_PX = 256
-DIFFERENCE_GAIN = 4
+SHEET_ROWS = 8
 
 
 @dataclass(frozen=True)
 class ValidationResult:
     psnr: float  # dB, mean over images, 8-bit rounded, z = mode
     kl: float  # nats per image, mean over images
-    grid: np.ndarray  # (H, W, 3) uint8: a row per image: original | reconstruction | difference x 4
+    rows: tuple[SheetRow, ...]  # of the first images, for `contact_sheet`
 
 
 class Validator:
@@ -42,7 +41,7 @@ class Validator:
         vae.eval()
         psnrs: list[float] = []
         kls: list[float] = []
-        rows: list[np.ndarray] = []
+        rows: list[SheetRow] = []
         for path in self.paths:
             image = _centre(_to_8_bit(read_image(path).pixels), self.crop_px)
             x, _ = pad_to_multiple(image_to_x(image)[None].to(vae.device), vae.spatial_compression_ratio)
@@ -50,10 +49,10 @@ class Validator:
             recon = x_to_image(unpad(vae.decode(posterior.mode()).sample, *image.shape[:2])[0])
             psnrs.append(psnr(image, recon))
             kls.append(float(posterior.kl()))
-            if len(rows) < GRID_ROWS:
-                rows.append(_row(image, recon))
+            if len(rows) < SHEET_ROWS:
+                rows.append(sheet_row(image, recon, path.name, f"{psnrs[-1]:.2f} dB"))
         vae.train(was_training)
-        return ValidationResult(float(np.mean(psnrs)), float(np.mean(kls)), np.concatenate(rows))
+        return ValidationResult(float(np.mean(psnrs)), float(np.mean(kls)), tuple(rows))
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
@@ -66,13 +65,3 @@ def _centre(image: np.ndarray, size: int | None) -> np.ndarray:
         return image
     top, left = (max(0, (side - size) // 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
-
-
-def _row(image: np.ndarray, recon: np.ndarray) -> np.ndarray:
-    """The three pictures of one image side by side, their centres, on tiles of one size."""
-    difference = np.abs(image.astype(np.int16) - recon) * DIFFERENCE_GAIN
-    parts = [_centre(part, GRID_TILE_PX) for part in (image, recon, difference.clip(0, 255).astype(np.uint8))]
-    row = np.zeros((GRID_TILE_PX, len(parts) * GRID_TILE_PX, 3), np.uint8)
-    for index, part in enumerate(parts):
-        row[: part.shape[0], index * GRID_TILE_PX : index * GRID_TILE_PX + part.shape[1]] = part
-    return row

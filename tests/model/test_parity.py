@@ -118,6 +118,41 @@ def test_channels_last_equals_the_stock_one(make: Any, layout: str, batch: int, 
         assert recon.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_large_images_in_channels_last_equal_the_stock_ones_in_the_default_layout(make: Any) -> None:
+    """As the codec runs on a CPU, against what a plain program does. torch's own GroupNorm is off by 3e-5 here."""
+    pair = make("2 levels", mid_block_add_attention=False)
+    x = images(1, 512, 384) * 0.2 + 0.7  # bright and of low contrast, as a sky
+    with torch.inference_mode():
+        stock_moments = pair.stock.encode(x).latent_dist.parameters
+        z = stock_moments[:, :4]
+        stock_recon = pair.stock.decode(z).sample
+        pair.ours.to(memory_format=torch.channels_last)
+        moments = pair.ours.encode(x.to(memory_format=torch.channels_last)).latent_dist.parameters
+        recon = pair.ours.decode(z.to(memory_format=torch.channels_last)).sample
+    assert difference(moments, stock_moments) <= 1e-5
+    assert difference(recon, stock_recon) <= 1e-5
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 256, 256), (3, 131, 137), (2, 1, 20000)])
+@pytest.mark.parametrize("offset, tolerance", [(0.0, 1e-6), (30.0, 1e-5)])
+def test_the_norm_of_a_large_map_is_exact_in_either_layout(
+    offset: float, tolerance: float, batch: int, height: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    norm = layers.GroupNorm(4, 8, eps=1e-6)
+    norm.weight.data, norm.bias.data = torch.randn(2, 8, generator=generator)
+    x = torch.randn(batch, 8, height, width, generator=generator)
+    x = x * torch.rand(batch, 8, 1, 1, generator=generator) + offset
+    x[0, :, height // 2 :] += 2  # the rows differ
+    exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), 1e-6).detach().float()
+    with torch.inference_mode():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            y = norm(x.to(memory_format=memory_format))
+            assert y.is_contiguous(memory_format=memory_format)
+            assert difference(y, exact) <= tolerance
+    assert norm(x.to(memory_format=torch.channels_last)).requires_grad
+
+
 @pytest.mark.parametrize("layout", ["SD 1.x", "SD3"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, BFLOAT16), (torch.float16, FLOAT16)], ids=str)
 def test_half_precision_equals_the_stock_one(make: Any, layout: str, dtype: torch.dtype, tolerance: float) -> None:

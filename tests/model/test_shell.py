@@ -193,6 +193,26 @@ def test_without_return_dict_results_are_tuples_of_the_same_tensors(pair: Any, x
             assert torch.equal(whole, recon) and torch.equal(whole, model(x).sample)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_call_leaves_its_input_as_it_was(pair: Any, x: Tensor, memory_format: torch.memory_format) -> None:
+    model = pair.ours.to(memory_format=memory_format)
+    x = x.to(memory_format=memory_format)
+    z = torch.randn(3, 4, 4, 5, generator=torch.Generator().manual_seed(1)).to(memory_format=memory_format)
+    given_x, given_z = x.clone(), z.clone()
+    with torch.inference_mode():
+        model.encode(x)
+        model.decode(z)
+    assert torch.equal(x, given_x)
+    assert torch.equal(z, given_z)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_results_with_and_without_gradients_are_equal(pair: Any, x: Tensor, context: Any) -> None:
+    with_gradients = pair.ours(x).sample
+    with context():
+        assert torch.equal(pair.ours(x).sample, with_gradients)
+
+
 class Recorder(ModelHook):  # type: ignore[misc]
     """A real accelerate hook that counts how often it was asked to bring the weights."""
 
