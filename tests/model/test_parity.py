@@ -150,7 +150,15 @@ def test_the_norm_of_a_large_map_is_exact_in_either_layout(
             y = norm(x.to(memory_format=memory_format))
             assert y.is_contiguous(memory_format=memory_format)
             assert difference(y, exact) <= tolerance
-    assert norm(x.to(memory_format=torch.channels_last)).requires_grad
+
+
+def test_gradients_of_the_norm_of_a_large_map_are_those_of_torch() -> None:
+    norm = layers.GroupNorm(4, 8, eps=1e-6)
+    x = images(2, 131, 137, channels=8).to(memory_format=torch.channels_last).requires_grad_()
+    target = images(2, 131, 137, channels=8).flip(1)
+    (ours,) = torch.autograd.grad((norm(x) - target).pow(3).sum(), x)
+    (exact,) = torch.autograd.grad((F.group_norm(x.double(), 4, eps=1e-6) - target).pow(3).sum(), x)
+    assert difference(ours, exact) <= 1e-4
 
 
 @pytest.mark.parametrize("layout", ["SD 1.x", "SD3"])

@@ -1,0 +1,71 @@
+"""What comes with the package is there, small, and as good as its card says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdvae.checkpoints.store import bundled_path, load_autoencoder
+from sdvae.config import read_config
+from sdvae.training.build import build_autoencoder
+from sdvae.training.config import TrainConfig
+from sdvae.training.validation import Validator
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = bundled_path().parent / "photos"
+
+
+def card_number(pattern: str) -> float:
+    match = re.search(pattern, (bundled_path() / "README.md").read_text(encoding="utf-8"))
+    assert match, f"the card has no line like {pattern}"
+    return float(match[1])
+
+
+def test_it_is_small_and_has_the_architecture_of_its_recipe() -> None:
+    assert sum(path.stat().st_size for path in bundled_path().iterdir()) < 16e6
+    recipe = read_config(TrainConfig, ROOT / "configs" / "sdvae-mini.yaml")
+    built, bundled = build_autoencoder(recipe.model, seed=0), load_autoencoder()
+    shapes = {name: weight.shape for name, weight in built.state_dict().items()}
+    assert shapes == {name: weight.shape for name, weight in bundled.state_dict().items()}
+
+
+def test_the_sample_photographs_come_back_as_well_as_the_card_says() -> None:
+    photos = sorted(PHOTOS.glob("*.jpg"))
+    assert len(photos) == 6
+    psnr = Validator(photos, crop_px=None).run(load_autoencoder()).psnr
+    assert psnr == pytest.approx(card_number(r"six sample photographs.*?\| ([\d.]+) dB"), abs=0.01)
+
+
+def test_held_out_photographs_come_back_as_well_as_the_card_says(assets: Path) -> None:
+    photos = sorted(path for path in (assets / "images" / "val").iterdir() if path.suffix in {".jpg", ".png"})
+    psnr = Validator(photos, crop_px=None).run(load_autoencoder()).psnr
+    assert psnr == pytest.approx(card_number(r"BSDS500 test set.*?\| ([\d.]+) dB"), abs=0.01)
+    assert f"{psnr:.1f} dB" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_latents_of_photographs_have_about_unit_variance() -> None:
+    vae = load_autoencoder()
+    assert vae.config.scaling_factor == card_number(r"`scaling_factor` ([\d.]+)")
+    values = []
+    for path in sorted(PHOTOS.glob("*.jpg")):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.resize((256, 256)))
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.inference_mode():
+            values.append(vae.encode(x).latent_dist.mode().flatten())
+    assert 0.6 < float(torch.cat(values).std()) * vae.config.scaling_factor < 1.5
+
+
+def test_every_training_photograph_is_credited_and_no_sample_photograph_is_among_them() -> None:
+    rows = (bundled_path() / "CREDITS.tsv").read_text(encoding="utf-8").splitlines()
+    assert rows[0].split("\t") == ["file", "licence", "source", "change"]
+    assert len(rows) == 1 + 644
+    assert all(len(row.split("\t")) == 4 and row.split("\t")[1] for row in rows[1:])
+    names = " ".join(rows)
+    for held_out in ("chelsea", "charminar", "coffee", "roman-colosseum", "rocket", "spices-of-life"):
+        assert held_out not in names
