@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from sdvae._torchvision import ensure_torchvision_importable
 
-ensure_torchvision_importable()
+ensure_torchvision_importable()  # before anything here imports diffusers
+
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder  # noqa: E402
+from sdvae.model.autoencoder import AutoencoderKL  # noqa: E402
+
+
+def _build_vae(seed: int, **fields: Any) -> AutoencoderKL:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 16, 16, 16),
+            norm_num_groups=4,
+            **fields,
+        )
+    return vae.eval()
 
 
 @pytest.fixture(scope="session")
@@ -23,19 +44,36 @@ def assets() -> Path:
 
 
 @pytest.fixture
-def tiny_vae():  # type: ignore[no-untyped-def]
+def tiny_vae() -> AutoencoderKL:
     """A small seeded f8 autoencoder with 4 latent channels, in eval mode."""
-    import torch
+    return _build_vae(0, sample_size=64)
 
-    from sdvae.model.autoencoder import AutoencoderKL
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 16, 16, 16),
-            norm_num_groups=4,
-            sample_size=64,
-        )
-    return vae.eval()
+@pytest.fixture(scope="session")
+def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_autoencoder(_build_vae(0, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="session")
+def other_vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_autoencoder(_build_vae(1, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "other")
+
+
+@pytest.fixture(scope="session")
+def vae(vae_path: Path) -> AutoencoderKL:
+    return load_autoencoder(vae_path)
+
+
+@pytest.fixture
+def make_images() -> Callable[[Path, Mapping[str, tuple[int, int]]], Path]:
+    """Writes pictures of smooth noise: name -> (width, height)."""
+
+    def make(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> Path:
+        for index, (name, (width, height)) in enumerate(sizes.items()):
+            levels = np.random.default_rng(index).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC).save(path)
+        return folder
+
+    return make

@@ -135,6 +135,8 @@ class _Run:
         if self.accelerator.is_main_process:
             self._write_description()
         self.accelerator.init_trackers("tensorboard")
+        if self.accelerator.is_main_process and not _has_tensorboard():
+            logger.info("tensorboard is not installed, so metrics.jsonl is the only log; pip install 'sdvae[train]'")
         batches = self._batches()
         first_step = self.progress.step
         window_start, window_step = time.perf_counter(), first_step
