@@ -14,6 +14,7 @@ __all__ = [
     "OutputExistsError",
     "SdvaeError",
     "TrainingError",
+    "TrainingInterrupted",
 ]
 
 
@@ -51,3 +52,9 @@ class LatentFileError(SdvaeError):
 
 class TrainingError(SdvaeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class TrainingInterrupted(TrainingError):
+    """Training was asked to stop, and has written a checkpoint."""
+
+    exit_code = 130

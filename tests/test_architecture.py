@@ -28,7 +28,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 ADDRESSES = {
     "diffusers": {"model/autoencoder.py", "checkpoints/store.py"},
     "accelerate": {"training/loop.py", "training/state.py"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/hf_datasets.py"},
+    "webdataset": {"data/shards.py"},
 }
 
 

@@ -5,6 +5,7 @@ Pixels are (H, W, 3) uint8 or uint16 as `images.read_image` gives them; resizing
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from sdvae.data.images import DEFAULT_MAX_PIXELS
 from sdvae.errors import ImageError
 
-__all__ = ["Padding", "pad_to_multiple", "random_crop_flip", "resize_and_crop", "unpad"]
+__all__ = ["Padding", "RandomCrop", "pad_to_multiple", "resize_and_crop", "unpad"]
 
 Pixels = npt.NDArray[Any]
 
@@ -74,21 +75,6 @@ def resize_and_crop(pixels: Pixels, size: int, crop: Literal["center", "none"]) 
     return _resize(pixels, new_height, new_width)
 
 
-def random_crop_flip(pixels: Pixels, size: int, generator: np.random.Generator) -> Pixels:
-    """A random size x size piece, mirrored left to right half of the time, for training.
-
-    pixels: (H, W, 3) uint8 or uint16. A picture whose short side is below `size` is cut to a random square of that
-    side and scaled up. Returns (size, size, 3), contiguous, its own memory. All randomness is the generator's.
-    """
-    height, width = pixels.shape[:2]
-    side = min(size, height, width)
-    top = int(generator.integers(height - side + 1))
-    left = int(generator.integers(width - side + 1))
-    mirrored = generator.random() < 0.5
-    square = _square(pixels, top, left, side, size)
-    return np.array(square[:, ::-1] if mirrored else square, order="C")
-
-
 def _square(pixels: Pixels, top: int, left: int, side: int, size: int) -> Pixels:
     """The square of `side` px at (top, left), scaled to `size`. What lies outside, however long, is not scaled."""
     if side == size:
@@ -96,7 +82,7 @@ def _square(pixels: Pixels, top: int, left: int, side: int, size: int) -> Pixels
     return _resize(pixels, size, size, box=(left, top, left + side, top + side))
 
 
-def _resize(pixels: Pixels, height: int, width: int, box: tuple[int, int, int, int] | None = None) -> Pixels:
+def _resize(pixels: Pixels, height: int, width: int, box: tuple[float, float, float, float] | None = None) -> Pixels:
     if box is None and pixels.shape[:2] == (height, width):
         return pixels
     if pixels.dtype == np.uint8:
@@ -109,3 +95,71 @@ def _resize(pixels: Pixels, height: int, width: int, box: tuple[int, int, int, i
         scaled = np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS, box))
         resized[..., channel] = np.rint(scaled).clip(0, 65535)  # Lanczos overshoots at edges
     return resized
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """Cuts random squares for training, all of one size; resizing is antialiased (Lanczos).
+
+    - native: a square at the image's own resolution. An image smaller than that is cut to its short side and enlarged.
+    - resized: the short side is brought to `resize_px` first.
+    - random_resized: a square whose side is a random part of the short side, from `min_ratio` to all of it, evenly
+      drawn, and then scaled.
+    Its place is drawn evenly from all that lie within the image.
+    """
+
+    crop_px: int  # side of what comes out
+    kind: Literal["native", "resized", "random_resized"] = "native"
+    resize_px: int | None = None  # resized; None: crop_px; not below crop_px
+    min_ratio: float = 0.5  # random_resized; above 0, up to 1
+    flip: bool = True  # mirror half of them left to right
+
+    @property
+    def min_side_px(self) -> int | None:
+        """To this short side an image may be reduced while it is decoded, and no crop loses resolution by it.
+
+        None: it must stay whole. One number for all crops, not one for each random_resized: so an image that is kept
+        decoded gives the same crops as one that is read again.
+        """
+        if self.kind == "native":
+            return None
+        if self.kind == "resized":
+            return self.resize_px or self.crop_px
+        return math.ceil(self.crop_px / self.min_ratio)
+
+    def __call__(self, pixels: Pixels, generator: np.random.Generator) -> Pixels:
+        """A piece of pixels (H, W, 3), uint8 or uint16: (crop_px, crop_px, 3), contiguous, its own memory.
+
+        All randomness is the generator's.
+        """
+        square = self._piece(pixels, generator)
+        mirrored = self.flip and generator.random() < 0.5
+        return np.array(square[:, ::-1] if mirrored else square, order="C")
+
+    def _piece(self, pixels: Pixels, generator: np.random.Generator) -> Pixels:
+        height, width = pixels.shape[:2]
+        short = min(height, width)
+        if self.kind == "resized":
+            return self._piece_of_resized(pixels, generator)
+        if self.kind == "random_resized":
+            side = max(1, round(generator.uniform(self.min_ratio, 1.0) * short))
+        else:
+            side = min(self.crop_px, short)
+        top, left = (int(generator.integers(length - side + 1)) for length in (height, width))
+        return _square(pixels, top, left, side, self.crop_px)
+
+    def _piece_of_resized(self, pixels: Pixels, generator: np.random.Generator) -> Pixels:
+        """What a crop of the resized image would be, with only the crop resized: its box is laid back into `pixels`."""
+        size = self.crop_px
+        lengths = pixels.shape[:2]
+        target = self.resize_px or size
+        scaled = [max(target, round(length * target / min(lengths))) for length in lengths]
+        top, left = (int(generator.integers(length - size + 1)) for length in scaled)
+        if scaled == list(lengths):
+            return pixels[top : top + size, left : left + size]
+        y0, x0, y1, x1 = (
+            min((start + end) * length / new, length)  # rounding must not lead out of the picture
+            for end in (0, size)
+            for start, length, new in zip((top, left), lengths, scaled, strict=True)
+        )
+        return _resize(pixels, size, size, box=(x0, y0, x1, y1))

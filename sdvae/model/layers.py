@@ -46,6 +46,10 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad and x.device.type == "cpu":
+            # the first layer that is trained: torch's backward pass in channels_last crashes the process if it need not
+            # give a gradient to x
+            x = x.detach().requires_grad_()
         on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
         large = x.ndim == 4 and x.shape[2] * x.shape[3] > LARGE_MAP
         if not (on_cpu and large and x.is_contiguous(memory_format=torch.channels_last)):

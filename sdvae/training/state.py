@@ -1,12 +1,16 @@
 """Everything that resuming a run needs, and the folders it is kept in.
 
-A checkpoint `step-00000500/` is what accelerate saves: weights, optimizer, random states of every process, and the EMA
-and the counters that it was told of. It is written under another name and then renamed, so a folder of that name is
-always whole.
+A checkpoint `step-00000500/` is what accelerate saves: weights and optimizers of generator and discriminator, random
+states of every process, and the objects that it was told of (averaged weights, counters, ...); and config.json with the
+autoencoder's architecture. It is written under another name and then renamed, so a folder of that name is always
+whole. The best one by a validation metric is named in `best.json` and outlives the rotation.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,22 +18,26 @@ from typing import Any
 from accelerate import Accelerator
 
 from sdvae.errors import CheckpointError
+from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["Progress", "checkpoint_dirs", "load_checkpoint", "save_checkpoint"]
 
 
 class Progress:
-    """Counters of a run: optimizer updates done, and training samples used by all devices together."""
+    """Where a run is: optimizer updates done, positions in the data, and the best validation so far."""
 
     def __init__(self) -> None:
         self.step = 0
-        self.num_samples = 0
+        self.data: list[dict[str, Any]] = []  # state of the training data, one per process
+        self.best_step: int | None = None
+        self.best_metric = ""
+        self.best_value = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "num_samples": self.num_samples}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.num_samples = state["step"], state["num_samples"]
+        vars(self).update(state)
 
 
 def checkpoint_dirs(checkpoints_dir: Path) -> list[Path]:
@@ -37,25 +45,35 @@ def checkpoint_dirs(checkpoints_dir: Path) -> list[Path]:
     return sorted(path for path in checkpoints_dir.glob("step-*") if path.is_dir() and path.suffix != ".partial")
 
 
-def save_checkpoint(accelerator: Accelerator, checkpoints_dir: Path, step: int, num_kept: int) -> Path:
-    """Save the state of everything the accelerator prepared or was told of, then drop all but the newest `num_kept`.
+def save_checkpoint(
+    accelerator: Accelerator, checkpoints_dir: Path, progress: Progress, vae: AutoencoderKL, num_kept: int
+) -> Path:
+    """Save the state of everything the accelerator prepared or was told of; keep the newest `num_kept` and the best.
 
     Called by every process. Returns: the checkpoint's folder.
     """
-    target = checkpoints_dir / f"step-{step:08d}"
+    target = _dir_of(checkpoints_dir, progress.step)
     partial = target.with_suffix(".partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in checkpoints_dir.glob("*.partial"):  # of a save that was killed
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        vae.save_config(partial)
+        _flush(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        for old in checkpoint_dirs(checkpoints_dir)[:-num_kept]:
-            shutil.rmtree(old)
+        kept = set(checkpoint_dirs(checkpoints_dir)[-num_kept:])
+        if progress.best_step is not None:
+            kept.add(_dir_of(checkpoints_dir, progress.best_step))
+            _write_best(checkpoints_dir, progress)
+        for old in checkpoint_dirs(checkpoints_dir):
+            if old not in kept:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
 
@@ -64,8 +82,27 @@ def load_checkpoint(accelerator: Accelerator, checkpoint_dir: Path) -> None:
     """Put back what `save_checkpoint` saved. Raises: CheckpointError, naming the folder."""
     try:
         accelerator.load_state(str(checkpoint_dir))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(
             f"the checkpoint {checkpoint_dir} does not fit this run: {error}. Resume with the run's own config.yaml, "
             "or start afresh in another run_dir."
         ) from error
+
+
+def _dir_of(checkpoints_dir: Path, step: int) -> Path:
+    return checkpoints_dir / f"step-{step:08d}"
+
+
+def _flush(folder: Path) -> None:
+    """Force the files of a folder to the device: a power cut must not leave a checkpoint that is whole in name only."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _write_best(checkpoints_dir: Path, progress: Progress) -> None:
+    partial = checkpoints_dir / "best.json.tmp"
+    best = {"step": progress.best_step, "metric": progress.best_metric, "value": progress.best_value}
+    partial.write_text(json.dumps(best) + "\n", encoding="utf-8")
+    partial.replace(checkpoints_dir / "best.json")

@@ -22,9 +22,11 @@ from PIL import Image, JpegImagePlugin
 
 from sdvae.data.images import (
     DEFAULT_MAX_PIXELS,
+    EncodedImage,
     _pillow_limit_of_at_least,
     image_to_x,
     read_image,
+    read_image_bytes,
     save_image,
     x_to_image,
 )
@@ -777,3 +779,67 @@ def test_written_files_have_the_usual_permissions_and_may_have_the_longest_name(
     save_image(colours(4, 4), path)
     (tmp_path / "plain").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+# Images in memory, headers alone, and JPEG at reduced scale.
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(colours(3, 4)).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_bytes_read_as_the_file_does_and_so_do_their_errors(tmp_path: Path) -> None:
+    image = Image.fromarray(smooth(40, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif, icc_profile=SWAPPED)
+    image.convert("RGBA").resize((9, 9)).save(tmp_path / "b.png")
+    for name in ("a.jpg", "b.png"):
+        data = (tmp_path / name).read_bytes()
+        from_file, from_bytes = read_image(tmp_path / name), read_image_bytes(data, name)
+        assert np.array_equal(from_file.pixels, from_bytes.pixels) and from_file.notes == from_bytes.notes
+    hollow = png(60000, 2000, 8, 2, [b"\0" * 30])
+    for data, reason in (
+        (b"", "cd/e.heic: is empty"),
+        (b"nonsense", "cd/e.heic: HEIC is not among"),
+        ((tmp_path / "a.jpg").read_bytes()[:900], "cd/e.heic: truncated"),
+        (hollow, "more than its .* bytes can hold"),
+    ):
+        with pytest.raises(ImageError, match=reason):
+            read_image_bytes(data, "cd/e.heic")
+
+
+def test_the_size_comes_from_the_header_alone(tmp_path: Path) -> None:
+    Image.fromarray(smooth(300, 500)).save(tmp_path / "a.jpg", quality=95)
+    start = (tmp_path / "a.jpg").read_bytes()[:1000]  # no whole picture
+    assert EncodedImage("a", start).size() == EncodedImage("a", tmp_path / "a.jpg").size() == (500, 300)
+    with pytest.raises(ImageError, match="a: truncated"):
+        EncodedImage("a", start).read()
+    with pytest.raises(ImageError, match="b.jpg: no such file"):
+        EncodedImage("b", tmp_path / "b.jpg").size()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(600, 810), (801, 601), (512, 512), (300, 400)])
+def test_a_jpeg_comes_reduced_but_never_below_what_was_asked(
+    tmp_path: Path, height: int, width: int, progressive: bool
+) -> None:
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.fromarray(smooth(height, width)).save(path, quality=95, progressive=progressive, exif=exif)
+    whole = read_image(path).pixels
+    for min_side_px in (1, 75, 76, 100, 151, 299, 512, 5000):
+        reduced = read_image(path, min_side_px=min_side_px).pixels
+        factor = next(f for f in (8, 4, 2, 1) if f == 1 or min(height, width) // f >= min_side_px)
+        assert reduced.shape == (-(-width // factor), -(-height // factor), 3)  # lying on its side
+        assert min(reduced.shape[:2]) >= min(min_side_px, height, width)
+        same_size = Image.fromarray(whole).resize(reduced.shape[1::-1], Image.Resampling.BOX)
+        assert np.abs(np.asarray(same_size).astype(int) - reduced).mean() < 3  # 601 px at 1/8 are 76, not 75.1
+    with pytest.raises(ImageError, match="truncated"):
+        read_image_bytes(path.read_bytes()[:-200], "a.jpg", min_side_px=75)
+
+
+def test_other_formats_come_whole(tmp_path: Path) -> None:
+    Image.fromarray(smooth(100, 120)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", min_side_px=10).pixels.shape == (100, 120, 3)

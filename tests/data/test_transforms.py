@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdvae.data.transforms import Padding, pad_to_multiple, random_crop_flip, resize_and_crop, unpad
+from sdvae.data.transforms import Padding, RandomCrop, pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import ImageError
 
 
@@ -111,13 +111,16 @@ def test_a_strip_is_cut_but_not_blown_up() -> None:
         resize_and_crop(strip, 512, "none")
 
 
+KINDS = [{"kind": "native"}, {"kind": "resized", "resize_px": 19}, {"kind": "random_resized", "min_ratio": 0.3}]
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_random_crops_are_pieces_from_everywhere_mirrored_half_of_the_time(dtype: type) -> None:
+def test_native_crops_are_pieces_from_everywhere_mirrored_half_of_the_time(dtype: type) -> None:
     pixels = positions(10, 12, dtype)
-    generator = np.random.default_rng(0)
+    generator, crop = np.random.default_rng(0), RandomCrop(crop_px=8)
     places, mirrored = set(), 0
     for _ in range(600):
-        piece = random_crop_flip(pixels, 8, generator)
+        piece = crop(pixels, generator)
         assert piece.shape == (8, 8, 3) and piece.dtype == dtype and piece.flags.c_contiguous
         flipped = piece[0, 0, 1] > piece[0, -1, 1]
         mirrored += flipped
@@ -129,17 +132,82 @@ def test_random_crops_are_pieces_from_everywhere_mirrored_half_of_the_time(dtype
     assert 240 < mirrored < 360
 
 
-def test_random_crops_repeat_with_the_same_generator_and_own_their_memory() -> None:
+@pytest.mark.parametrize("options", KINDS)
+def test_without_flip_no_crop_is_mirrored(options: dict) -> None:
+    generator, crop = np.random.default_rng(0), RandomCrop(crop_px=16, flip=False, **options)
+    for _ in range(30):
+        piece = crop(positions(40, 50), generator).astype(int)
+        assert piece[8, -1, 1] > piece[8, 0, 1]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_random_crops_repeat_with_the_same_generator_and_own_their_memory(options: dict) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    one, two = np.random.default_rng(7), np.random.default_rng(7)
-    first = [random_crop_flip(pixels, 16, one) for _ in range(5)]
-    assert all(np.array_equal(piece, random_crop_flip(pixels, 16, two)) for piece in first)
+    one, two, crop = np.random.default_rng(7), np.random.default_rng(7), RandomCrop(crop_px=16, **options)
+    first = [crop(pixels, one) for _ in range(5)]
+    assert all(np.array_equal(piece, crop(pixels, two)) for piece in first)
     assert any(not np.array_equal(first[0], piece) for piece in first[1:])
     assert not any(np.shares_memory(piece, pixels) for piece in first)
 
 
-def test_small_pictures_are_scaled_up_and_strips_cut_first() -> None:
-    generator = np.random.default_rng(0)
+@pytest.mark.parametrize("options", KINDS)
+def test_small_pictures_are_scaled_up_and_strips_cut_first(options: dict) -> None:
+    generator, crop = np.random.default_rng(0), RandomCrop(crop_px=8, **options)
     for shape in ((5, 7, 3), (1, 1, 3), (3, 4096, 3), (8, 5, 3)):
-        piece = random_crop_flip(np.full(shape, 90, np.uint8), 8, generator)
+        piece = crop(np.full(shape, 90, np.uint8), generator)
         assert piece.shape == (8, 8, 3) and (piece == 90).all()
+
+
+@pytest.mark.parametrize("size", [(60, 90), (131, 71), (24, 57)])
+def test_a_resized_crop_is_a_piece_of_the_resized_picture(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
+    whole = resize_and_crop(pixels, 24, "none").astype(int)
+    generator, crop = np.random.default_rng(0), RandomCrop(crop_px=16, kind="resized", resize_px=24, flip=False)
+    places = set()
+    for _ in range(60):
+        piece = crop(pixels, generator)
+        distances = {
+            (top, left): np.abs(whole[top : top + 16, left : left + 16] - piece).max()
+            for top in range(whole.shape[0] - 15)
+            for left in range(whole.shape[1] - 15)
+        }
+        place = min(distances, key=distances.__getitem__)
+        assert distances[place] <= 4  # the filter's outermost taps may fall to the other side of a rounding
+        places.add(place)
+    assert len(places) > 20
+
+
+def test_without_resize_px_the_short_side_becomes_that_of_the_crop() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    whole = resize_and_crop(pixels, 24, "none").astype(int)  # (24, 36, 3)
+    piece = RandomCrop(crop_px=24, kind="resized", flip=False)(pixels, np.random.default_rng(0))
+    assert min(np.abs(whole[:, left : left + 24] - piece).max() for left in range(13)) <= 4
+
+
+def test_a_random_resized_crop_shows_from_min_ratio_to_all_of_the_short_side() -> None:
+    pixels = positions(200, 240)
+    generator, crop = np.random.default_rng(0), RandomCrop(crop_px=20, kind="random_resized", min_ratio=0.4, flip=False)
+    sides = []
+    for _ in range(400):
+        piece = crop(pixels, generator).astype(float)
+        rows, columns = piece[:, 10, 0], piece[10, :, 1]
+        assert rows[15] - rows[5] == pytest.approx(columns[15] - columns[5], abs=1.01)  # a square
+        sides.append((rows[15] - rows[5]) * 2)
+    assert 78 <= min(sides) < 86 and 194 < max(sides) <= 202
+    assert np.mean(sides) == pytest.approx(140, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"kind": "native"}, None),
+        ({"kind": "resized"}, 256),
+        ({"kind": "resized", "resize_px": 300}, 300),
+        ({"kind": "random_resized", "min_ratio": 0.3}, 854),
+    ],
+)
+def test_how_far_a_picture_may_be_reduced_before(options: dict, expected: int | None) -> None:
+    crop = RandomCrop(crop_px=256, **options)
+    assert crop.min_side_px == expected
+    if expected is not None:  # at this size no crop has to be enlarged
+        assert round(expected * (0.3 if crop.kind == "random_resized" else 1)) >= 256

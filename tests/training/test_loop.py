@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.config import read_config
-from sdvae.errors import ConfigError, ImageError, OutputExistsError, TrainingError
+from sdvae.errors import ConfigError, MissingWeightsError, OutputExistsError, TrainingError
 from sdvae.training import loop
-from sdvae.training.config import LossConfig, TrainConfig
+from sdvae.training.config import EquivarianceConfig, LatentNoiseConfig, LogvarConfig, PerceptualConfig, TrainConfig
 from sdvae.training.loop import train
+from sdvae.training.validation import Validator
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -29,8 +31,12 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def checkpoint_weights(run_dir: str, step: int) -> dict[str, torch.Tensor]:
-    return load_file(Path(run_dir) / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+def checkpoint_weights(run_dir: str, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(Path(run_dir) / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def rows_of(config: TrainConfig) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -38,8 +44,29 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulation": 2, "init": "linear"}, {"precision": "bf16"}])
-def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, changes: dict[str, object]) -> None:
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated from a linear start": {"accumulation": 2, "init": "linear"},
+    "bf16": {"precision": "bf16"},
+    "discriminator from the start": {"loss": {"disc_start": 0, "norm": "group"}},
+    # it sets in after the checkpoint that is resumed from; everything that has a state of its own
+    "discriminator later": {"accumulation": 2, "loss": {"disc_start": 4, "lecam_weight": 0.1, "spectral_norm": True}},
+    "discriminator with the checkpoint": {"loss": {"disc_start": 2, "lecam_weight": 0.1, "r1_weight": 1.0}},
+    "decoder": {"trained": "decoder", "optimizer": "adamw", "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, adversarial, perceptual, recipe: str) -> None:
+    changes = dict(RECIPES[recipe])
+    if "loss" in changes:
+        changes["loss"] = {
+            "adversarial": adversarial(**changes["loss"]),
+            "perceptual": perceptual,
+            "equivariance": EquivarianceConfig(probability=0.5, min_scale=1.0),
+            "latent_noise": LatentNoiseConfig(std=0.1),
+            "logvar": LogvarConfig(learned=True),
+        }
     whole, halves = make_config("whole", **changes), make_config("halves", **changes)
     train(whole)
     # the same run, stopped after step 3: the schedule is that of all six steps
@@ -50,7 +77,9 @@ def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, change
     result = train(halves, resume=True)
 
     assert result.steps == 6
-    assert_equal(checkpoint_weights(whole.run_dir, 6), checkpoint_weights(halves.run_dir, 6))
+    names = ["model"] + ["model_1"] * ("loss" in changes)
+    for name in names:
+        assert_equal(checkpoint_weights(whole.run_dir, 6, name), checkpoint_weights(halves.run_dir, 6, name))
     assert_equal(weights_of(Path(whole.run_dir) / "vae"), weights_of(result.vae_dir))
     assert (Path(whole.run_dir) / "vae/config.json").read_text() == (result.vae_dir / "config.json").read_text()
     logged = [json.loads(line) for line in (Path(halves.run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -58,23 +87,35 @@ def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, change
     assert [row["step"] for row in logged] == [2, 4, 6, 6] and math.isfinite(logged[-1]["val/psnr"])
 
 
-def test_a_run_that_starts_anew_at_step_3_differs(make_config) -> None:
-    """Control of the test above: it would see a position or random state that is not restored."""
-    config = make_config()
+@pytest.mark.parametrize("forgotten", ["data", "averages", "discriminator", "random state"])
+def test_a_resumed_run_that_forgets_something_differs(make_config, adversarial, forgotten: str) -> None:
+    """Control of the test above: it would see a state that is not restored."""
+    config = make_config(loss={"adversarial": adversarial()})
     train(config)
-    six = checkpoint_weights(config.run_dir, 6)
+    six, vae = checkpoint_weights(config.run_dir, 6), weights_of(Path(config.run_dir) / "vae")
     shutil.rmtree(Path(config.run_dir) / "checkpoints" / "step-00000006")
     original = loop.load_checkpoint
 
-    def forget_position(accelerator, checkpoint):  # type: ignore[no-untyped-def]
+    def forget(accelerator, checkpoint):  # type: ignore[no-untyped-def]
+        discriminator = {name: value.clone() for name, value in accelerator._models[1].state_dict().items()}
+        averages = [value.clone() for value in accelerator._custom_objects[0].averages]
         original(accelerator, checkpoint)
-        accelerator._custom_objects[1].num_samples = 0
+        if forgotten == "data":
+            accelerator._custom_objects[1].data[0]["num_samples"] = 0
+        elif forgotten == "averages":
+            accelerator._custom_objects[0].averages = averages
+        elif forgotten == "discriminator":
+            accelerator._models[1].load_state_dict(discriminator)
+        else:
+            torch.manual_seed(0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load_checkpoint", forget_position)
+        patch.setattr(loop, "load_checkpoint", forget)
         train(config, resume=True)
-    seven = checkpoint_weights(config.run_dir, 6)
-    assert any(not torch.equal(six[name], seven[name]) for name in six)
+    again, vae_again = checkpoint_weights(config.run_dir, 6), weights_of(Path(config.run_dir) / "vae")
+    changed = vae_again if forgotten == "averages" else again
+    before = vae if forgotten == "averages" else six
+    assert any(not torch.equal(before[name], changed[name]) for name in before)
 
 
 def test_a_finished_run_is_a_folder_that_diffusers_loads_with_its_measured_scale(make_config) -> None:
@@ -112,17 +153,29 @@ def test_the_run_folder_describes_itself_and_its_config_trains_again(make_config
     assert read_config(TrainConfig, run_dir / "config.yaml") == config
     environment = json.loads((run_dir / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["num_train_images"] == 5
-    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
-    assert list((run_dir / "tensorboard").iterdir())
+    names = [path.name for path in sorted((run_dir / "checkpoints").iterdir())]
+    assert names == ["best.json", "step-00000003", "step-00000006"]
+    assert list((run_dir / "tensorboard").glob("**/events*"))
     with Image.open(run_dir / "samples" / "step-00000006.png") as sheet:
-        assert sheet.width > 3 * 64 and sheet.height > 2 * 48  # two held-out images of 64 x 48, three pictures each
+        assert sheet.width > 4 * 64 and sheet.height > 2 * 48  # two held-out images of 64 x 48, four pictures each
 
 
-def test_old_checkpoints_are_dropped(make_config) -> None:
-    config = make_config(checkpoint_every=1, num_checkpoints=2)
-    train(config)
-    names = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
-    assert names == ["step-00000005", "step-00000006"]
+def test_old_checkpoints_are_dropped_and_the_best_is_kept(make_config, monkeypatch) -> None:
+    """The PSNR of each validation is made up, so that the second is the best; everything else is real."""
+    psnrs = iter([10.0, 30.0, 20.0, 25.0, 29.0, 15.0])
+    original = Validator.run
+    monkeypatch.setattr(Validator, "run", lambda *args, **kw: replace(original(*args, **kw), psnr=next(psnrs)))
+    config = make_config(checkpoint_every=1, num_checkpoints=2, val_every=1, ema_decay=0.0)
+    result = train(config)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    names = sorted(path.name for path in checkpoints.glob("step-*"))
+    assert names == ["step-00000002", "step-00000005", "step-00000006"]
+    assert json.loads((checkpoints / "best.json").read_text()) == {"step": 2, "metric": "psnr", "value": 30.0}
+    assert result.best_step == 2
+    best, last = weights_of(Path(config.run_dir) / "vae-best"), weights_of(result.vae_dir)
+    own = checkpoint_weights(config.run_dir, 2)
+    assert all(torch.equal(best[name], own[f"vae.{name}"]) for name in best)
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(make_config, monkeypatch) -> None:
@@ -132,12 +185,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(make_config,
     def poisoned(*args):  # type: ignore[no-untyped-def]
         total, terms = original(*args)
         calls.append(1)
-        return (total * float("nan"), terms) if len(calls) == 4 else (total, terms)
+        bad = total * float("nan")
+        return (bad, terms | {"loss": bad.detach()}) if len(calls) == 4 else (total, terms)
 
     seen: list[loop._Run] = []
     monkeypatch.setattr(loop, "generator_loss", poisoned)
     monkeypatch.setattr(loop._Run, "_write_description", lambda self: seen.append(self))
-    with pytest.raises(TrainingError, match=r"step 4: the loss is nan.*step-00000003"):
+    with pytest.raises(TrainingError, match=r"step 4: loss is nan.*step-00000003"):
         train(config)
     now = {name: value.detach() for name, value in seen[0].module.state_dict().items()}
     assert_equal(checkpoint_weights(config.run_dir, 3), now)
@@ -159,13 +213,21 @@ def test_resuming_where_nothing_is_names_the_folder(make_config) -> None:
         train(make_config("empty"), resume=True)
 
 
-def test_a_damaged_training_image_stops_with_its_name(make_config, photos: Path, tmp_path: Path) -> None:
+def test_damaged_training_images_are_left_out_and_counted_until_there_are_too_many(
+    make_config, photos: Path, tmp_path: Path, caplog
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(photos, folder)
-    for path in folder.iterdir():
+    held_out = sorted(folder.iterdir())
+    held_out[1].write_bytes(held_out[1].read_bytes()[:200])
+    config = make_config(data={"path": str(folder), "val_path": str(photos)}, steps=8)
+    train(config)
+    assert "left out: " in caplog.text and "1.png" in caplog.text
+    assert rows_of(config)[-2]["train/num_unreadable"] > 0
+    for path in held_out[2:]:
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ImageError, match=r"damaged/\d\.png"):
-        train(make_config(data={"path": str(folder)}))
+    with pytest.raises(TrainingError, match=r"of \d+ samples read are damaged .*\d\.png.*max_unreadable_ratio"):
+        train(make_config("again", data={"path": str(folder), "val_path": str(photos)}, steps=1000))
 
 
 def test_gradient_checkpointing_and_worker_processes_change_no_weight(make_config) -> None:
@@ -174,11 +236,57 @@ def test_gradient_checkpointing_and_worker_processes_change_no_weight(make_confi
 
 
 def test_accumulating_two_passes_gives_the_gradient_of_the_joined_batch(make_config) -> None:
-    joined = replace(make_config("joined", steps=1, batch_size=4), loss=LossConfig(rec="l2", sample_posterior=False))
-    split = replace(make_config("split", steps=1, accumulation=2), loss=LossConfig(rec="l2", sample_posterior=False))
+    loss = {"sample_posterior": False}
+    joined = make_config("joined", steps=1, batch_size=4, loss=loss)
+    split = make_config("split", steps=1, accumulation=2, loss=loss)
     norms = []
     for config in (joined, split):
         train(config)
-        rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
-        norms.append([row["train/grad_norm"] for row in rows if "train/grad_norm" in row][0])
+        norms.append([row["train/grad_norm"] for row in rows_of(config) if "train/grad_norm" in row][0])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_state_that_needs_attention_is_warned_of_in_words(make_config, caplog) -> None:
+    """A KL weight of nought and a start far from the prior: logvar beyond its clamp from the first step on."""
+    config = make_config(steps=12, log_every=1, warmup_steps=0)
+    run = loop._Run(config, resume=False, overwrite=False)
+    with torch.no_grad():
+        run.vae.quant_conv.bias[run.vae.config.latent_channels :] = -40.0
+    with loop.stop_on_signals() as request:
+        run.train(request)
+    assert "logvar" in caplog.text and "step " in caplog.text
+    assert rows_of(config)[0]["train/clamped_logvar"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("tensorbord",), "unknown tracker 'tensorbord'; did you mean 'tensorboard'"),
+        (("clearml",), "clearml, which is not installed: pip install clearml"),
+    ],
+)
+def test_a_wrong_tracker_is_named_before_anything_is_written(make_config, names: tuple[str, ...], message: str) -> None:
+    config = make_config(trackers=names)
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not Path(config.run_dir).exists()
+
+
+def test_missing_perceptual_weights_are_an_error_with_every_place_tried(make_config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SDVAE_WEIGHTS", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_config(loss={"perceptual": PerceptualConfig(weight=1.0)})
+    with pytest.raises(MissingWeightsError) as caught:
+        train(config)
+    for part in ("nowhere", "torch", "https://", "loss.perceptual.weights_path", "loss.perceptual.weight=0"):
+        assert part in str(caught.value)
+    assert not Path(config.run_dir).exists()
+
+
+def test_crops_too_small_for_a_network_are_named_before_the_run(make_config, adversarial, perceptual) -> None:
+    with pytest.raises(ConfigError, match=r"data\.crop_px"):
+        train(make_config(loss={"adversarial": adversarial(num_layers=4)}))
+    small = {"perceptual": perceptual, "equivariance": EquivarianceConfig(probability=1.0)}
+    with pytest.raises(ConfigError, match=r"LPIPS, which needs 31; raise 'data.crop_px'"):
+        train(make_config(loss=small))
