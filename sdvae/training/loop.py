@@ -167,6 +167,8 @@ class _Run:
         if self.perceptual is not None:
             self.perceptual = self.perceptual.to(device).to(memory_format=memory_format)
         if options.compile:
+            # the balance of the adversarial loss runs backwards through the last layer before the whole pass does
+            torch._functorch.config.donated_buffer = False
             module.compile()
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # accelerate wraps the module for several devices and its forward for autocast
@@ -245,6 +247,7 @@ class _Run:
             if self.progress.step == first_step:  # resumed at the very end
                 self._validate()
             result = self._finish()
+            accelerator.wait_for_everyone()  # a process that leaves early takes its connections with it
         finally:
             self.display.close()
             accelerator.end_training()

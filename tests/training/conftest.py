@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -28,6 +29,13 @@ MODEL = {
     "layers_per_block": 1,
     "mid_block_add_attention": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision per process; `train` resets it, a test that builds a run by itself does not."""
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

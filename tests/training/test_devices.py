@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sdvae
 from sdvae.config import dump_config
 from sdvae.training.config import EquivarianceConfig, LogvarConfig, TrainConfig
 
 SCRIPT = Path(__file__).with_name("gradients_of_a_run.py")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+PACKAGE_ROOT = str(Path(sdvae.__file__).parents[1])
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PACKAGE_ROOT}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -30,7 +32,7 @@ def gradients_of(config: TrainConfig, folder: Path, processes: int) -> list[list
     launcher = TORCHRUN if processes == 2 else []
     done = subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), str(path), str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,8 +61,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
         "logvar": LogvarConfig(learned=True),
         "equivariance": EquivarianceConfig(probability=0.7, min_scale=1.0),
     }
-    one = make_config("one", batch_size=4, steps=3, lr=1e-5, accumulation=1, loss=loss)
-    two = make_config("two", batch_size=2, steps=3, lr=1e-5, accumulation=1, loss=loss)
+    # at a rate that moves nothing: where a gradient is zero but for rounding, Adam would make whole steps of it
+    one = make_config("one", batch_size=4, steps=3, lr=1e-9, loss=loss)
+    two = make_config("two", batch_size=2, steps=3, lr=1e-9, loss=loss)
     alone = gradients_of(one, tmp_path / "alone", 1)
     together = gradients_of(two, tmp_path / "together", 2)
     assert [len(step[0]) for step in alone] == [1, 2, 2]  # the discriminator sets in with the second step
@@ -69,7 +72,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
             total = torch.cat([grad.flatten() for grad in expected[optimizer]])
             for grads in (first, second):
                 found = torch.cat([grad.flatten() for grad in grads[optimizer]])
-                assert float((found - total).norm()) < 2e-3 * float(total.norm())
+                assert float((found - total).norm()) < 1e-4 * float(total.norm())
             assert all(torch.equal(a, b) for a, b in zip(first[optimizer], second[optimizer], strict=True))
 
     rows = [
@@ -79,8 +82,6 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]], "each row is written once"
     for name, value in rows[0][-1].items():  # of validation, gathered from both
         assert rows[1][-1][name] == pytest.approx(value, rel=1e-4), name
-    found, expected = (load_file(Path(config.run_dir) / "vae" / WEIGHTS) for config in (two, one))
-    assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_two_processes_through_the_command_line_stop_resume_and_report_once(
         path.write_text(dump_config(config), encoding="utf-8")
         return subprocess.run(
             [sys.executable, *TORCHRUN, "-m", "sdvae", "train", str(path), *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=os.environ | ENVIRONMENT,
             capture_output=True,
             text=True,
             timeout=300,

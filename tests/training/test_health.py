@@ -185,6 +185,9 @@ def test_absent_and_infinite_values_change_nothing() -> None:
     assert [health.update(step, {}) for step in range(0, STEPS, EVERY)] == [[]] * (STEPS // EVERY)
     overflowing = {"grad_norm": math.inf, "kl_loss": math.nan, "rec_loss": 1.0}  # fp16 while its scale is found
     assert feed(health, lambda i, logs: overflowing if i % 3 else {}, STEPS // EVERY) == {}
+    with_gaps = {"clamped_logvar": 0.03}, {"clamped_logvar": math.nan}
+    (words,) = feed(monitor(), lambda i, logs: with_gaps[i % 3 == 0], 3 * WINDOW).values()
+    assert words.startswith("3.0% of the posterior's")
 
 
 def test_one_wild_interval_is_no_explosion() -> None:

@@ -37,12 +37,12 @@ def start(config: TrainConfig, folder: Path, *options: str) -> subprocess.Popen[
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], pause_s: float = 0.05) -> None:
-    for _ in range(int(120 / max(pause_s, 1e-3))):
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
         if condition():
             return
         assert process.poll() is None, process.stderr and process.stderr.read()
-        if pause_s:
-            time.sleep(pause_s)
+        time.sleep(pause_s)
     raise AssertionError("it never happened")
 
 

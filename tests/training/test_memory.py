@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from sdvae.features.lpips import LPIPS
@@ -166,13 +167,15 @@ def test_a_discriminator_that_never_sets_in_is_held_and_does_no_work() -> None:
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_nothing_is_changed_drawn_or_allocated(gradient_checkpointing: bool) -> None:
+def test_nothing_is_changed_drawn_or_allocated(gradient_checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # else an operator that is not known without values is run on zeros
+    monkeypatch.setattr(FakeTensorMode, "can_run_unsafe_fallback", lambda self, operator: False)
     vae = make_vae("decoder").eval()
     weights, state = copy.deepcopy(vae.state_dict()), torch.get_rng_state()
     flags = [(parameter.requires_grad, parameter.grad) for parameter in vae.parameters()]
     loss = LossConfig(perceptual=PerceptualConfig(weight=1.0), adversarial=ADVERSARIAL)
-    config = make_config(loss, batch_size=64, crop_px=32768, gradient_checkpointing=gradient_checkpointing)
-    assert estimate_memory(config, vae).total > 10 * 2**40  # far beyond any machine
+    config = make_config(loss, batch_size=8, crop_px=32768, gradient_checkpointing=gradient_checkpointing)
+    assert estimate_memory(config, vae).total > 5 * 2**40  # far beyond any machine
     assert not vae.is_gradient_checkpointing and not any(module.training for module in vae.modules())
     assert [(parameter.requires_grad, parameter.grad) for parameter in vae.parameters()] == flags
     assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
