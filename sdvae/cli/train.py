@@ -111,4 +111,6 @@ def _print_plan(config: TrainConfig, plan: TrainPlan) -> None:
     for name, size_bytes in plan.memory.to_json().items():
         if name != "total" and size_bytes:
             click.echo(f"#   {name.removesuffix('_bytes').replace('_', ' ')}: {size_bytes / 1e9:.3g} GB")
+    for note in plan.notes:
+        click.echo("# " + note.replace("\n", "\n# "))
     click.echo("# Nothing was written.")

@@ -112,7 +112,7 @@ def build_optimizer(
         return kind(parameters, **arguments)  # type: ignore[no-any-return]
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     # one kernel for all parameters, where torch has it for the device
-    return kind(parameters, **arguments, fused=device.type in ("cpu", "cuda", "mps", "xpu"))  # type: ignore[no-any-return]
+    return kind(parameters, **arguments, fused=device.type in ("cpu", "cuda", "mps", "xpu"))
 
 
 def build_perceptual(config: PerceptualConfig) -> LPIPS:

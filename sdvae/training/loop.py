@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -65,6 +65,8 @@ from sdvae.training.validation import Validator
 __all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,10 @@ class _Run:
         select_trained(vae, options.trained, options.num_last_blocks)
         if options.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-        # on its device before the optimizer sees it: accelerate would move it, but then some devices lack fused kernels
-        module = GeneratorModule(vae, self.config.loss).to(device).to(memory_format=memory_format)
+        # on its device before an optimizer is built, which has another kernel for each
+        module = self._placed(GeneratorModule(vae, self.config.loss))
         if self.perceptual is not None:
-            self.perceptual = self.perceptual.to(device).to(memory_format=memory_format)
+            self.perceptual = self._placed(self.perceptual)
         if options.compile:
             # the balance of the adversarial loss runs backwards through the last layer before the whole pass does
             torch._functorch.config.donated_buffer = False
@@ -185,9 +186,8 @@ class _Run:
             norm=config.norm,
             spectral_norm=config.spectral_norm,
         )
-        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
         network.require_size(self._smallest_recon_px())
-        module = DiscriminatorModule(network).to(self.accelerator.device).to(memory_format=memory_format)
+        module = self._placed(DiscriminatorModule(network))
         optimizer = build_optimizer(module.parameters(), options, self.accelerator.device, config.lr)
         self.discriminator, self.d_optimizer = self.accelerator.prepare(module, optimizer)
         self.adversary = Adversary(
@@ -197,12 +197,20 @@ class _Run:
             self._average if self.accelerator.num_processes > 1 else None,
         )
 
+    def _placed(self, module: M) -> M:
+        """The module on this process's device, in the memory layout of the run."""
+        return module.to(device=self.accelerator.device, memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.config.training.channels_last else torch.contiguous_format
+
     def _smallest_recon_px(self) -> int:
         """Shortest side that a reconstruction can have under the transforms of equivariance."""
         ratio, equivariance = self.vae.spatial_compression_ratio, self.config.loss.equivariance
         height = self.config.data.crop_px // ratio
         scale = equivariance.min_scale if equivariance.probability else 1.0
-        return ratio * Transform(scale, 0).latent_size(height, height)[0]
+        return int(ratio * Transform(scale, 0).latent_size(height, height)[0])
 
     def _averaged(self) -> list[Tensor]:
         """The weights that are averaged: those that are trained. The others stay what they are."""
@@ -328,14 +336,13 @@ class _Run:
 
     def _batches(self) -> Iterator[Batch]:
         """Endless batches on the device, from the run's position on."""
-        memory_format = torch.channels_last if self.config.training.channels_last else torch.contiguous_format
         for batch in self.data.batches(
             batch_size=self.config.training.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             num_workers=self.config.data.num_workers,
         ):
-            x = batch.x.to(self.accelerator.device, non_blocking=True, memory_format=memory_format)
+            x = batch.x.to(self.accelerator.device, non_blocking=True, memory_format=self.memory_format)
             yield Batch(**{**vars(batch), "x": x})
 
     def _agreed_signal(self, request: StopRequest) -> str | None:
@@ -369,6 +376,7 @@ class _Run:
         if self.accelerator.is_main_process:
             for reason in result.unreadable:
                 logger.warning("left out of validation: %s", reason)
+        if self.accelerator.is_main_process and result.rows:
             title = f"step {self.progress.step}"
             subtitle = ", ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in self.last_metrics.items())
             sheet = contact_sheet(result.rows, title, f"averaged weights: {subtitle}")

@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdvae.errors import MissingWeightsError
 from sdvae.training.build import require_perceptual, starting_autoencoder
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import open_data
@@ -28,6 +29,7 @@ class TrainPlan:
     epochs: float | None  # None for a stream
     trackers: tuple[str, ...]
     memory: MemoryEstimate  # per device
+    notes: tuple[str, ...]  # what the run would have to find first
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "memory": self.memory.to_json()}
@@ -40,8 +42,14 @@ def plan_training(config: TrainConfig) -> TrainPlan:
     """
     trackers = resolve_trackers(config.training.trackers)
     data, val_items = open_data(config.data, config.training.seed)
+    notes = []
     if config.loss.perceptual.weight:
-        require_perceptual(config.loss.perceptual)
+        try:
+            require_perceptual(config.loss.perceptual)
+        except MissingWeightsError as error:
+            if config.loss.perceptual.weights_path is not None:
+                raise
+            notes.append(f"the run would first look for perceptual weights elsewhere: {error}")
     vae = starting_autoencoder(config, data=None)
     select_trained(vae, config.training.trained, config.training.num_last_blocks)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,4 +66,5 @@ def plan_training(config: TrainConfig) -> TrainPlan:
         epochs=None if num_images is None else config.training.steps * images_per_step / num_images,
         trackers=tuple(trackers),
         memory=estimate_memory(config, vae),
+        notes=tuple(notes),
     )
