@@ -25,7 +25,7 @@ from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.errors import ConfigError
 from sdvae.features.weights import find_weights, load_weights
 
-__all__ = ["LPIPS", "build_lpips", "find_lpips_weights"]
+__all__ = ["LPIPS", "MIN_PX", "build_lpips", "find_lpips_weights"]
 
 _INSTALL = "pip install 'sdvae[train]'"
 _EPS = 1e-10  # lpips.normalize_tensor
@@ -46,6 +46,7 @@ _NETS = {
     "alex": _Net(backbone="alexnet", weights="alexnet", min_px=31),
     "squeeze": _Net(backbone="squeezenet", weights="squeezenet1_1", min_px=17),
 }
+MIN_PX = {name: net.min_px for name, net in _NETS.items()}
 
 
 class _GradientAtHand(torch.autograd.Function):

@@ -15,9 +15,11 @@ from torch import Tensor
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.data.loader import TrainingData
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.features.lpips import LPIPS, build_lpips, find_lpips_weights
+from sdvae.features.lpips import LPIPS, MIN_PX, build_lpips, find_lpips_weights
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.training.config import PerceptualConfig, TrainConfig, TrainingConfig
+from sdvae.training.discriminator import NLayerDiscriminator
+from sdvae.training.equivariance import Transform
 from sdvae.training.linear_init import linear_init
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "build_perceptual",
     "require_model",
     "require_perceptual",
+    "require_sizes",
     "starting_autoencoder",
 ]
 
@@ -123,6 +126,24 @@ def build_perceptual(config: PerceptualConfig) -> LPIPS:
 def require_perceptual(config: PerceptualConfig) -> None:
     """Raise MissingWeightsError unless the perceptual network's weights are on this machine."""
     find_lpips_weights(config.net, config.weights_path, option=_WEIGHTS_OPTION, without=_WITHOUT_PERCEPTUAL)
+
+
+def require_sizes(config: TrainConfig, vae: AutoencoderKL) -> None:
+    """Raise ConfigError unless crops, and what a transform of z leaves of them, suit all networks of the run."""
+    crop_px, ratio, equivariance = config.data.crop_px, vae.spatial_compression_ratio, config.loss.equivariance
+    if crop_px % ratio:
+        raise ConfigError(f"'data.crop_px' is {crop_px}; expected a multiple of {ratio}, the compression of this VAE")
+    scale = equivariance.min_scale if equivariance.probability else 1.0
+    smallest_px = ratio * Transform(scale, 0).latent_size(crop_px // ratio, crop_px // ratio)[0]
+    if config.loss.perceptual.weight and smallest_px < (min_px := MIN_PX[config.loss.perceptual.net]):
+        raise ConfigError(
+            f"reconstructions of {smallest_px} px reach LPIPS, which needs {min_px}; raise 'data.crop_px' "
+            "(loss.equivariance.min_scale shrinks it further)"
+        )
+    if config.loss.adversarial.weight:
+        with torch.device("meta"):  # no weights, and no random numbers for them
+            net = NLayerDiscriminator(channels=1, num_layers=config.loss.adversarial.num_layers)
+        net.require_size(smallest_px)
 
 
 def _require_known(model: Mapping[str, Any]) -> None:

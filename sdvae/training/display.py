@@ -41,7 +41,8 @@ class Display:
         """Log the most telling values. values: as they are logged, with train/ or val/ before their names."""
         short = {name.split("/")[-1]: value for name, value in values.items()}
         is_validation = any(name.startswith("val/") for name in values)
-        shown = [f"{name} {value:.4g}" for name, value in short.items() if is_validation or name in _SHOWN]
+        names = list(short) if is_validation else [name for name in _SHOWN if name in short]
+        shown = [f"{name} {short[name]:.4g}" for name in names]
         if "seconds_per_step" in short:
             left = duration((self.steps - step) * short["seconds_per_step"])
             shown.append(f"{short['images_per_s']:.3g} images/s, {left} left")

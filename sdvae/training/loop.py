@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,13 +39,19 @@ from sdvae.errors import ConfigError, OutputExistsError, TrainingError, Training
 from sdvae.evaluation.latents import LatentStatistics
 from sdvae.features.lpips import LPIPS
 from sdvae.model.autoencoder import AutoencoderKL
-from sdvae.training.build import autoencoder_of_checkpoint, build_optimizer, build_perceptual, starting_autoencoder
+from sdvae.training.build import (
+    autoencoder_of_checkpoint,
+    build_optimizer,
+    build_perceptual,
+    require_sizes,
+    starting_autoencoder,
+)
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import UnreadableGuard, open_data
 from sdvae.training.discriminator import DiscriminatorModule, NLayerDiscriminator
 from sdvae.training.display import Display
 from sdvae.training.ema import EMA
-from sdvae.training.equivariance import Transform, draw_transform
+from sdvae.training.equivariance import draw_transform
 from sdvae.training.health import HealthMonitor
 from sdvae.training.interruption import StopRequest, stop_on_signals
 from sdvae.training.losses import LeCam
@@ -127,20 +134,21 @@ class _Run:
         self.accelerator = Accelerator(
             mixed_precision=options.precision,
             cpu=options.cpu,
-            log_with=trackers,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(str(self.run_dir), logging_dir=str(self.run_dir / "tensorboard")),
         )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and self.accelerator.num_processes == 1:
+            raise ConfigError("several processes were started, but no accelerator was found: set training.cpu=true")
+        if (kind := self.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+            # the balance of the losses and the averages read whole weights; 1.7 GB a device leave nothing to split
+            raise ConfigError(f"the accelerate config asks for {kind}; sdvae trains with whole weights on each device")
         set_seed(options.seed, device_specific=True)
         if checkpoint is None:
             vae = starting_autoencoder(config, self.data)
         else:
             vae = autoencoder_of_checkpoint(checkpoint, config.model)
         self._prepare_generator(vae)
-        if self.perceptual is not None and self._smallest_recon_px() < self.perceptual.min_px:
-            raise ConfigError(
-                f"reconstructions of {self._smallest_recon_px()} px reach LPIPS, which needs {self.perceptual.min_px}; "
-                "raise 'data.crop_px' (loss.equivariance.min_scale shrinks it further)"
-            )
+        require_sizes(config, self.vae)
         self.discriminator: Any = None
         self.adversary: Adversary | None = None
         if config.loss.adversarial.weight:
@@ -186,7 +194,6 @@ class _Run:
             norm=config.norm,
             spectral_norm=config.spectral_norm,
         )
-        network.require_size(self._smallest_recon_px())
         module = self._placed(DiscriminatorModule(network))
         optimizer = build_optimizer(module.parameters(), options, self.accelerator.device, config.lr)
         self.discriminator, self.d_optimizer = self.accelerator.prepare(module, optimizer)
@@ -205,13 +212,6 @@ class _Run:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.config.training.channels_last else torch.contiguous_format
 
-    def _smallest_recon_px(self) -> int:
-        """Shortest side that a reconstruction can have under the transforms of equivariance."""
-        ratio, equivariance = self.vae.spatial_compression_ratio, self.config.loss.equivariance
-        height = self.config.data.crop_px // ratio
-        scale = equivariance.min_scale if equivariance.probability else 1.0
-        return int(ratio * Transform(scale, 0).latent_size(height, height)[0])
-
     def _averaged(self) -> list[Tensor]:
         """The weights that are averaged: those that are trained. The others stay what they are."""
         return [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
@@ -229,7 +229,7 @@ class _Run:
             config=flat_config(config_to_dict(self.config)),
             init_kwargs={"wandb": {"dir": str(self.run_dir), "name": self.run_dir.name}},
         )
-        if accelerator.is_main_process and not accelerator.log_with:
+        if accelerator.is_main_process and options.trackers is None and not accelerator.log_with:
             logger.info("metrics.jsonl is the only log; for TensorBoard: pip install 'sdvae[train]'")
         batches = self._batches()
         first_step = self.progress.step

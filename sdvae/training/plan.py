@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdvae.errors import MissingWeightsError
-from sdvae.training.build import require_perceptual, starting_autoencoder
+from sdvae.training.build import require_perceptual, require_sizes, starting_autoencoder
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import open_data
 from sdvae.training.memory import MemoryEstimate, estimate_memory
@@ -36,7 +36,8 @@ class TrainPlan:
 
 
 def plan_training(config: TrainConfig) -> TrainPlan:
-    """Check everything that a run checks before its first step, and count. Writes nothing, downloads nothing.
+    """Check everything that a run checks before its first step, and count. Writes nothing, and downloads
+    nothing but a VAE that `training.init` names on the hub.
 
     Raises: the errors that the run would begin with.
     """
@@ -51,6 +52,7 @@ def plan_training(config: TrainConfig) -> TrainPlan:
                 raise
             notes.append(f"the run would first look for perceptual weights elsewhere: {error}")
     vae = starting_autoencoder(config, data=None)
+    require_sizes(config, vae)
     select_trained(vae, config.training.trained, config.training.num_last_blocks)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     images_per_step = config.training.batch_size * config.training.accumulation * num_processes

@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -51,8 +54,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
 ) -> None:
     """Of generator and discriminator, with every loss at work; without draws of z, which differ per process.
 
-    Fails where a pass goes around the wrapped module, where the balance or batch statistics are a process's own, or
-    where the processes see overlapping samples.
+    Fails where a pass goes around the wrapped module, where gradients are exchanged with any but the last of the
+    accumulated passes, where the balance or batch statistics are a process's own, or where the processes see
+    overlapping samples.
     """
     loss = {
         "sample_posterior": False,
@@ -62,8 +66,8 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
         "equivariance": EquivarianceConfig(probability=0.7, min_scale=1.0),
     }
     # at a rate that moves nothing: where a gradient is zero but for rounding, Adam would make whole steps of it
-    one = make_config("one", batch_size=4, steps=3, lr=1e-9, loss=loss)
-    two = make_config("two", batch_size=2, steps=3, lr=1e-9, loss=loss)
+    one = make_config("one", batch_size=4, accumulation=2, steps=3, lr=1e-9, loss=loss)
+    two = make_config("two", batch_size=2, accumulation=2, steps=3, lr=1e-9, loss=loss)
     alone = gradients_of(one, tmp_path / "alone", 1)
     together = gradients_of(two, tmp_path / "together", 2)
     assert [len(step[0]) for step in alone] == [1, 2, 2]  # the discriminator sets in with the second step
@@ -80,15 +84,24 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
         for config in (one, two)
     ]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]], "each row is written once"
-    for name, value in rows[0][-1].items():  # of validation, gathered from both
-        assert rows[1][-1][name] == pytest.approx(value, rel=1e-4), name
+    for expected, found in zip(*rows, strict=True):  # of training and of validation, gathered from both
+        for name in expected.keys() - {"train/images_per_s", "train/seconds_per_step"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 @pytest.mark.slow
 def test_two_processes_through_the_command_line_stop_resume_and_report_once(
-    make_config: Any, adversarial: Any, tmp_path: Path
+    make_config: Any, adversarial: Any, photos: Path, tmp_path: Path
 ) -> None:
-    config = make_config("run", accumulation=2, loss={"adversarial": adversarial()}, checkpoint_every=2)
+    """From tar shards, where each process has a position of its own to go on from."""
+    pytest.importorskip("webdataset")
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{shard}.tar", "w") as tar:
+            for image in sorted(photos.iterdir())[shard::2]:
+                tar.add(image, arcname=image.name)
+    data = {"source": "webdataset", "path": str(tmp_path / "shards"), "val_path": str(photos), "shuffle_buffer": 3}
+    config = make_config("run", data=data, accumulation=2, loss={"adversarial": adversarial()}, checkpoint_every=2)
     path = tmp_path / "config.yaml"
 
     def run(config: TrainConfig, *options: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +120,11 @@ def test_two_processes_through_the_command_line_stop_resume_and_report_once(
     run_dir = Path(config.run_dir)
     whole = load_file(run_dir / "checkpoints/step-00000006/model.safetensors")
     discriminator = load_file(run_dir / "checkpoints/step-00000006/model_1.safetensors")
+    states = [
+        torch.load(run_dir / f"checkpoints/step-00000006/random_states_{rank}.pkl", weights_only=False)
+        for rank in range(2)
+    ]
+    assert not torch.equal(*(state["torch_manual_seed"] for state in states)), "both draw the same z of their images"
 
     # as if it had been killed after step 4; draws of z of both processes must go on where they were
     shutil.rmtree(run_dir / "checkpoints/step-00000006")
@@ -116,3 +134,37 @@ def test_two_processes_through_the_command_line_stop_resume_and_report_once(
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
     again = load_file(run_dir / "checkpoints/step-00000006/model_1.safetensors")
     assert [name for name in discriminator if not torch.equal(discriminator[name], again[name])] == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(make_config: Any, tmp_path: Path) -> None:
+    config = make_config("run", steps=100_000, checkpoint_every=0, log_every=1)
+    path, metrics = tmp_path / "config.yaml", Path(config.run_dir) / "metrics.jsonl"
+    path.write_text(dump_config(config), encoding="utf-8")
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "-m", "sdvae", "train", str(path)],
+        env=os.environ | ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + 120
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
+        second.terminate()
+        _, errors = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+    logged = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert f"stopped by SIGTERM after step {logged} of 100000" in errors
+    assert f"stopped by a signal to another process after step {logged} of 100000" in errors
+    (checkpoint,) = (Path(config.run_dir) / "checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{logged:08d}"
+    assert (checkpoint / "random_states_1.pkl").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,12 @@ from safetensors.torch import load_file
 
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.config import read_config
+from sdvae.data.loader import StreamedData
 from sdvae.errors import ConfigError, MissingWeightsError, OutputExistsError, TrainingError
 from sdvae.training import loop
+from sdvae.training.build import build_autoencoder
 from sdvae.training.config import EquivarianceConfig, LatentNoiseConfig, LogvarConfig, PerceptualConfig, TrainConfig
+from sdvae.training.data import open_data
 from sdvae.training.loop import train
 from sdvae.training.validation import Validator
 
@@ -37,6 +42,13 @@ def checkpoint_weights(run_dir: str, step: int, name: str = "model") -> dict[str
 
 def rows_of(config: TrainConfig) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curves_of(config: TrainConfig) -> list[dict[str, float]]:
+    """What was logged, without how fast it went."""
+    return [
+        {name: row[name] for name in row if "second" not in name and "_per_s" not in name} for row in rows_of(config)
+    ]
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -85,6 +97,45 @@ def test_three_steps_and_three_resumed_equal_six_bit_for_bit(make_config, advers
     logged = [json.loads(line) for line in (Path(halves.run_dir) / "metrics.jsonl").read_text().splitlines()]
     # what the first attempt logged after step 3 is not there twice
     assert [row["step"] for row in logged] == [2, 4, 6, 6] and math.isfinite(logged[-1]["val/psnr"])
+
+
+def as_stream(photos: Path, folder: Path, source: str) -> dict[str, Any]:
+    """Settings for the photographs in two shards, tar files or parquet files, read in order through a small buffer."""
+    folder.mkdir()
+    for shard in range(2):
+        part = sorted(photos.iterdir())[shard::2]
+        if source == "webdataset":
+            pytest.importorskip("webdataset")
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for path in part:
+                    tar.add(path, arcname=path.name)
+        else:
+            datasets = pytest.importorskip("datasets")
+            cells = {"image": [{"bytes": path.read_bytes(), "path": None} for path in part]}
+            features = datasets.Features({"image": datasets.Image()})
+            datasets.Dataset.from_dict(cells, features=features).to_parquet(folder / f"{shard}.parquet")
+    settings = {"source": source, "path": str(folder), "streaming": source == "datasets", "shuffle_buffer": 3}
+    return {**settings, "val_path": str(photos)}
+
+
+@pytest.mark.parametrize(("source", "num_workers"), [("webdataset", 2), ("datasets", 0)])
+def test_three_steps_of_a_stream_and_three_resumed_equal_six(
+    make_config, photos: Path, tmp_path: Path, source: str, num_workers: int
+) -> None:
+    """12 samples of 7: across the end of an epoch, with samples waiting in the buffer when it stops."""
+    config = make_config(data={**as_stream(photos, tmp_path / "stream", source), "num_workers": num_workers})
+    train(config)
+    six = checkpoint_weights(config.run_dir, 6)
+    shutil.rmtree(Path(config.run_dir) / "checkpoints" / "step-00000006")
+    train(config, resume=True)
+    assert_equal(six, checkpoint_weights(config.run_dir, 6))
+    # control: from the start of the stream, other weights come out
+    shutil.rmtree(Path(config.run_dir) / "checkpoints" / "step-00000006")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedData, "load_state_dict", lambda self, state: None)
+        train(config, resume=True)
+    again = checkpoint_weights(config.run_dir, 6)
+    assert any(not torch.equal(six[name], again[name]) for name in six)
 
 
 @pytest.mark.parametrize("forgotten", ["data", "averages", "discriminator", "random state"])
@@ -160,22 +211,60 @@ def test_the_run_folder_describes_itself_and_its_config_trains_again(make_config
         assert sheet.width > 4 * 64 and sheet.height > 2 * 48  # two held-out images of 64 x 48, four pictures each
 
 
-def test_old_checkpoints_are_dropped_and_the_best_is_kept(make_config, monkeypatch) -> None:
-    """The PSNR of each validation is made up, so that the second is the best; everything else is real."""
-    psnrs = iter([10.0, 30.0, 20.0, 25.0, 29.0, 15.0])
-    original = Validator.run
-    monkeypatch.setattr(Validator, "run", lambda *args, **kw: replace(original(*args, **kw), psnr=next(psnrs)))
-    config = make_config(checkpoint_every=1, num_checkpoints=2, val_every=1, ema_decay=0.0)
+@pytest.mark.parametrize(
+    ("metric", "made_up"),
+    [
+        ("psnr", [10.0, 30.0, 20.0, 25.0, 29.0, 15.0, 22.0]),
+        ("lpips", [0.5, 0.1, 0.4, 0.2, 0.3, 0.6, 0.2]),
+    ],
+)
+def test_old_checkpoints_are_dropped_and_the_best_is_kept(
+    make_config, perceptual, monkeypatch, metric: str, made_up: list[float]
+) -> None:
+    """The metric of each validation is made up, so that the second is the best; everything else is real."""
+    values, original = iter(made_up), Validator.run
+    monkeypatch.setattr(Validator, "run", lambda *a, **kw: replace(original(*a, **kw), **{metric: next(values)}))
+    loss = {"perceptual": perceptual} if metric == "lpips" else {}
+    config = make_config(
+        checkpoint_every=1, num_checkpoints=2, val_every=1, ema_decay=0.0, best_metric=metric, loss=loss
+    )
     result = train(config)
     checkpoints = Path(config.run_dir) / "checkpoints"
     names = sorted(path.name for path in checkpoints.glob("step-*"))
     assert names == ["step-00000002", "step-00000005", "step-00000006"]
-    assert json.loads((checkpoints / "best.json").read_text()) == {"step": 2, "metric": "psnr", "value": 30.0}
+    expected = {"step": 2, "metric": metric, "value": made_up[1]}
+    assert json.loads((checkpoints / "best.json").read_text()) == expected
     assert result.best_step == 2
     best, last = weights_of(Path(config.run_dir) / "vae-best"), weights_of(result.vae_dir)
     own = checkpoint_weights(config.run_dir, 2)
     assert all(torch.equal(best[name], own[f"vae.{name}"]) for name in best)
     assert any(not torch.equal(best[name], last[name]) for name in best)
+
+    shutil.rmtree(checkpoints / "step-00000006")
+    assert train(config, resume=True).best_step == 2, "a resumed run knows what it has to beat"
+    assert json.loads((checkpoints / "best.json").read_text()) == expected
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == names
+
+
+def test_what_is_validated_and_written_is_the_average_over_updates_of_the_generator(make_config, adversarial) -> None:
+    """One tick per update: not per pass, not for the discriminator's, and validation moves nothing."""
+    config = make_config(
+        lr=1e-2, accumulation=2, val_every=2, checkpoint_every=1, num_checkpoints=9, loss={"adversarial": adversarial()}
+    )
+    result = train(config)
+    averages = [{name: value.double() for name, value in build_autoencoder(config.model, 0).state_dict().items()}]
+    for step in range(6):
+        decay, own = (1 + step) / (10 + step), checkpoint_weights(config.run_dir, step + 1)
+        averages.append(
+            {name: decay * value + (1 - decay) * own[f"vae.{name}"] for name, value in averages[-1].items()}
+        )
+    for folder, step in (("vae", 6), ("vae-best", result.best_step)):
+        written = weights_of(Path(config.run_dir) / folder)
+        assert written.keys() == averages[step].keys()
+        for name, value in written.items():
+            torch.testing.assert_close(value.double(), averages[step][name], rtol=1e-5, atol=1e-6)
+    vae, images = load_autoencoder(result.vae_dir), open_data(config.data, 0)[1]
+    assert result.val_psnr == pytest.approx(Validator(images, config.data.val_crop_px).run(vae, nullcontext).psnr)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(make_config, monkeypatch) -> None:
@@ -198,14 +287,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(make_config,
 
 
 def test_a_run_folder_is_not_overwritten_unasked(make_config) -> None:
-    config = make_config(steps=1)
+    config = make_config(steps=2)
     train(config)
     before = weights_of(Path(config.run_dir) / "vae")
     with pytest.raises(OutputExistsError, match="--resume"):
         train(config)
-    train(replace(config, training=replace(config.training, seed=1)), overwrite=True)
+    train(replace(config, training=replace(config.training, steps=1, seed=1)), overwrite=True)
     after = weights_of(Path(config.run_dir) / "vae")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    names = {path.name for path in (Path(config.run_dir) / "checkpoints").glob("step-*")}
+    assert names == {"step-00000001"}, "a checkpoint of the run before would be resumed from"
 
 
 def test_resuming_where_nothing_is_names_the_folder(make_config) -> None:
@@ -230,20 +321,76 @@ def test_damaged_training_images_are_left_out_and_counted_until_there_are_too_ma
         train(make_config("again", data={"path": str(folder), "val_path": str(photos)}, steps=1000))
 
 
-def test_gradient_checkpointing_and_worker_processes_change_no_weight(make_config) -> None:
-    plain, other = make_config("plain"), make_config("other", gradient_checkpointing=True, data={"num_workers": 2})
+def test_gradient_checkpointing_and_worker_processes_change_no_weight(make_config, adversarial) -> None:
+    loss = {"adversarial": adversarial()}
+    plain = make_config("plain", loss=loss)
+    other = make_config("other", loss=loss, gradient_checkpointing=True, data={"num_workers": 2})
     assert_equal(weights_of(train(plain).vae_dir), weights_of(train(other).vae_dir))
 
 
-def test_accumulating_two_passes_gives_the_gradient_of_the_joined_batch(make_config) -> None:
-    loss = {"sample_posterior": False}
+def test_the_memory_layout_changes_curves_by_rounding_only(make_config, adversarial, perceptual) -> None:
+    loss = {"adversarial": adversarial(), "perceptual": perceptual}
+    curves = []
+    for channels_last in (False, True):
+        config = make_config(f"last-{channels_last}", channels_last=channels_last, log_every=1, loss=loss)
+        train(config)
+        curves.append(curves_of(config))
+    assert len(curves[0]) == len(curves[1]) == 7
+    for first, second in zip(*curves, strict=True):
+        assert first == pytest.approx(second, rel=1e-3, abs=1e-6)
+
+
+def test_accumulating_two_passes_gives_the_gradients_of_the_joined_batch(make_config, adversarial) -> None:
+    """Of both networks; without the balance and batch statistics, which are each pass's own."""
+    gan = adversarial(disc_start=0, norm="group", adaptive=False)
+    loss = {"sample_posterior": False, "adversarial": gan}
     joined = make_config("joined", steps=1, batch_size=4, loss=loss)
     split = make_config("split", steps=1, accumulation=2, loss=loss)
-    norms = []
     for config in (joined, split):
         train(config)
-        norms.append([row["train/grad_norm"] for row in rows_of(config) if "train/grad_norm" in row][0])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    first, second = curves_of(joined)[0], curves_of(split)[0]
+    assert {"train/grad_norm", "train/d_grad_norm", "train/loss", "train/d_loss"} <= set(first)
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_each_optimizer_follows_its_settings(make_config, adversarial, monkeypatch) -> None:
+    """Learning rates by update: of the generator and, after three of them, of the discriminator, with its own warm-up.
+
+    The adversarial loss sets in with the discriminator's updates.
+    """
+    rates: list[float] = []
+    settings = set()
+    original = loop.apply_updates
+
+    def noted(updates, max_grad_norm, *args):  # type: ignore[no-untyped-def]
+        for optimizer, _ in updates:
+            (group,) = optimizer.param_groups
+            rates.append(group["lr"])
+            settings.add((type(optimizer), group["betas"], group["weight_decay"], max_grad_norm))
+        return original(updates, max_grad_norm, *args)
+
+    monkeypatch.setattr(loop, "apply_updates", noted)
+    options = {"optimizer": "adamw", "betas": (0.5, 0.75), "weight_decay": 0.1, "max_grad_norm": 0.25}
+    gan = adversarial(disc_start=3, lr=3.0e-3)
+    config = make_config(lr=1e-3, schedule="linear", warmup_steps=2, log_every=1, loss={"adversarial": gan}, **options)
+    train(config)
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.75e-3, 1.5e-3, 0.5e-3, 3e-3, 0.25e-3, 3e-3])
+    assert settings == {(torch.optim.AdamW, (0.5, 0.75), 0.1, 0.25)}
+    for name in ("g_loss", "adaptive_weight", "d_loss", "d_grad_norm"):
+        assert [row["step"] for row in rows_of(config) if f"train/{name}" in row] == [4, 5, 6], name
+
+
+def test_each_step_draws_its_own_transform_of_latent_and_image(make_config, monkeypatch) -> None:
+    """Were only one of the two transformed, their sizes would differ."""
+    drawn, original = [], loop.draw_transform
+
+    def noted(*args):  # type: ignore[no-untyped-def]
+        drawn.append(original(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(loop, "draw_transform", noted)
+    train(make_config(loss={"equivariance": EquivarianceConfig(probability=1.0, min_scale=0.3)}))
+    assert len(drawn) == len(set(drawn)) == 6
 
 
 def test_a_state_that_needs_attention_is_warned_of_in_words(make_config, caplog) -> None:
@@ -285,6 +432,8 @@ def test_missing_perceptual_weights_are_an_error_with_every_place_tried(make_con
 
 
 def test_crops_too_small_for_a_network_are_named_before_the_run(make_config, adversarial, perceptual) -> None:
+    with pytest.raises(ConfigError, match="'data.crop_px' is 38; expected a multiple of 4"):
+        train(make_config(data={"crop_px": 38}))
     with pytest.raises(ConfigError, match=r"data\.crop_px"):
         train(make_config(loss={"adversarial": adversarial(num_layers=4)}))
     small = {"perceptual": perceptual, "equivariance": EquivarianceConfig(probability=1.0)}

@@ -117,9 +117,9 @@ def test_the_passes_of_generator_and_discriminator_leave_no_gradient_in_the_othe
         assert gradients(module) == gradients(discriminator) == {}
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("learned", "loss_scale"), [(False, 1.0), (True, 1024.0)])
 def test_loss_and_gradients_under_a_discriminator_are_those_of_plain_autograd(
-    tiny_vae, x, perceptual: PerceptualConfig, learned: bool
+    tiny_vae, x, perceptual: PerceptualConfig, learned: bool, loss_scale: float
 ) -> None:
     """The balance takes gradients apart at the reconstruction; here the same sum is differentiated in one piece."""
     network = build_lpips(perceptual.net, perceptual.weights_path)
@@ -133,6 +133,7 @@ def test_loss_and_gradients_under_a_discriminator_are_those_of_plain_autograd(
     )
     module = GeneratorModule(tiny_vae, config)
     adversary = adversary_of(module)
+    adversary.loss_scale = loss_scale
     total, terms = generator_loss(Reconstruction(*module(x)), x, config, 1, network, adversary)
     total.backward()
     found = gradients(module)
@@ -161,6 +162,15 @@ def test_the_balance_is_clamped_in_the_unit_of_the_papers(tiny_vae, x) -> None:
     module = GeneratorModule(tiny_vae, config)
     _, terms = generator_loss(Reconstruction(*module(x)), x, config, 0, adversary=adversary_of(module))
     assert terms["adaptive_weight"].item() == pytest.approx(0.5)
+
+
+def test_the_discriminators_pass_moves_the_averages_of_lecam_once(tiny_vae, x) -> None:
+    config = replace(GAN, lecam_weight=1.0)
+    adversary = adversary_of(GeneratorModule(tiny_vae), config)
+    assert adversary.lecam is not None
+    _, terms = discriminator_loss(adversary.module, -x, x, config, adversary)
+    averages = [adversary.lecam.real.item(), adversary.lecam.fake.item()]
+    assert averages == pytest.approx([0.01 * terms["logits_real"].item(), 0.01 * terms["logits_fake"].item()])
 
 
 def test_before_it_sets_in_the_discriminator_is_not_touched(tiny_vae, x) -> None:
