@@ -218,7 +218,7 @@ class TrainingConfig:
     ema_decay: float = 0.999  # of the averaged weights that validation and export use; 0: the weights themselves
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights and optimizer stay float32
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
-    channels_last: bool = True  # memory layout; several times faster on CPUs, faster on tensor cores
+    channels_last: bool = True  # memory layout; faster on CPUs and on tensor cores
     compile: bool = False  # torch.compile of the autoencoder: minutes at the start, then faster on accelerators
     cpu: bool = False  # train on the CPU even where an accelerator is found
     seed: int = 0

@@ -164,13 +164,15 @@ def test_the_balance_is_clamped_in_the_unit_of_the_papers(tiny_vae, x) -> None:
     assert terms["adaptive_weight"].item() == pytest.approx(0.5)
 
 
-def test_the_discriminators_pass_moves_the_averages_of_lecam_once(tiny_vae, x) -> None:
+def test_the_discriminators_pass_moves_the_averages_of_lecam_once_to_the_mean_over_devices(tiny_vae, x) -> None:
     config = replace(GAN, lecam_weight=1.0)
     adversary = adversary_of(GeneratorModule(tiny_vae), config)
+    adversary.average = lambda means: means + 1.0  # as if the other devices had larger ones
     assert adversary.lecam is not None
     _, terms = discriminator_loss(adversary.module, -x, x, config, adversary)
     averages = [adversary.lecam.real.item(), adversary.lecam.fake.item()]
-    assert averages == pytest.approx([0.01 * terms["logits_real"].item(), 0.01 * terms["logits_fake"].item()])
+    expected = [0.01 * (terms[name].item() + 1.0) for name in ("logits_real", "logits_fake")]
+    assert averages == pytest.approx(expected)
 
 
 def test_before_it_sets_in_the_discriminator_is_not_touched(tiny_vae, x) -> None:
