@@ -1,4 +1,4 @@
-"""Runs a training config and writes down what its optimizers were given, one file per process and step.
+"""Runs a training config and writes down gradients and weights at each update, one file per process and step.
 
 Started by tests on one process or, by torchrun, on several: gradients_of_a_run.py CONFIG FOLDER
 """
@@ -24,7 +24,8 @@ def record(folder: Path) -> None:
     def recorded(updates: Iterable[Any], *args: Any) -> list[float]:
         nonlocal step
         gradients = [[p.grad.clone() for p in parameters if p.grad is not None] for _, parameters in updates]
-        torch.save(gradients, folder / f"step-{step}-rank-{rank}.pt")
+        weights = [[p.detach().clone() for p in parameters] for _, parameters in updates]
+        torch.save({"gradients": gradients, "weights": weights}, folder / f"step-{step}-rank-{rank}.pt")
         step += 1
         return apply_updates(updates, *args)
 

@@ -27,8 +27,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH":
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def gradients_of(config: TrainConfig, folder: Path, processes: int) -> list[list[list[list[torch.Tensor]]]]:
-    """Per step and process: the gradients that the generator's and the discriminator's optimizer were given."""
+def updates_of(config: TrainConfig, folder: Path, processes: int) -> list[list[dict[str, list[list[torch.Tensor]]]]]:
+    """Per step and process: gradients and weights that the generator's and the discriminator's optimizer were given."""
     folder.mkdir()
     path = folder / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
@@ -68,16 +68,18 @@ def test_two_processes_have_the_gradients_of_one_with_the_joined_batch(
     # at a rate that moves nothing: where a gradient is zero but for rounding, Adam would make whole steps of it
     one = make_config("one", batch_size=4, accumulation=2, steps=3, lr=1e-9, loss=loss)
     two = make_config("two", batch_size=2, accumulation=2, steps=3, lr=1e-9, loss=loss)
-    alone = gradients_of(one, tmp_path / "alone", 1)
-    together = gradients_of(two, tmp_path / "together", 2)
-    assert [len(step[0]) for step in alone] == [1, 2, 2]  # the discriminator sets in with the second step
+    alone = updates_of(one, tmp_path / "alone", 1)
+    together = updates_of(two, tmp_path / "together", 2)
+    assert [len(step[0]["gradients"]) for step in alone] == [1, 2, 2]  # the discriminator sets in with the second step
     for (expected,), (first, second) in zip(alone, together, strict=True):
-        for optimizer in range(len(expected)):
-            total = torch.cat([grad.flatten() for grad in expected[optimizer]])
-            for grads in (first, second):
-                found = torch.cat([grad.flatten() for grad in grads[optimizer]])
+        for optimizer in range(len(expected["gradients"])):
+            total = torch.cat([grad.flatten() for grad in expected["gradients"][optimizer]])
+            for process in (first, second):
+                found = torch.cat([grad.flatten() for grad in process["gradients"][optimizer]])
                 assert float((found - total).norm()) < 1e-4 * float(total.norm())
-            assert all(torch.equal(a, b) for a, b in zip(first[optimizer], second[optimizer], strict=True))
+            for kind in ("gradients", "weights"):
+                pairs = zip(first[kind][optimizer], second[kind][optimizer], strict=True)
+                assert all(torch.equal(a, b) for a, b in pairs), kind
 
     rows = [
         [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]

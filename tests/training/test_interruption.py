@@ -116,10 +116,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(make_config: Any, adversarial: A
 
 
 def test_the_second_signal_acts_at_once_and_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals() as request:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert request.signal == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us ignoring it
+    try:
+        with stop_on_signals() as request:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert request.signal == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
