@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from PIL import Image
 
 from sdvae.checkpoints.store import bundled_path, load_autoencoder
 from sdvae.config import read_config
+from sdvae.data.images import EncodedImage
+from sdvae.features.lpips import LPIPS, build_lpips
 from sdvae.training.build import build_autoencoder
 from sdvae.training.config import TrainConfig
-from sdvae.training.validation import Validator
+from sdvae.training.validation import ValidationResult, Validator
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = bundled_path().parent / "photos"
@@ -24,6 +27,11 @@ def card_number(pattern: str) -> float:
     match = re.search(pattern, (bundled_path() / "README.md").read_text(encoding="utf-8"))
     assert match, f"the card has no line like {pattern}"
     return float(match[1])
+
+
+def measured(photos: list[Path], perceptual: LPIPS | None = None) -> ValidationResult:
+    items = [EncodedImage(path.name, path) for path in photos]
+    return Validator(items, crop_px=None).run(load_autoencoder(), nullcontext, perceptual=perceptual)
 
 
 def test_it_is_small_and_has_the_architecture_of_its_recipe() -> None:
@@ -37,15 +45,18 @@ def test_it_is_small_and_has_the_architecture_of_its_recipe() -> None:
 def test_the_sample_photographs_come_back_as_well_as_the_card_says() -> None:
     photos = sorted(PHOTOS.glob("*.jpg"))
     assert len(photos) == 6
-    psnr = Validator(photos, crop_px=None).run(load_autoencoder()).psnr
+    psnr = measured(photos).psnr
     assert psnr == pytest.approx(card_number(r"six sample photographs.*?\| ([\d.]+) dB"), abs=0.01)
 
 
 def test_held_out_photographs_come_back_as_well_as_the_card_says(assets: Path) -> None:
     photos = sorted(path for path in (assets / "images" / "val").iterdir() if path.suffix in {".jpg", ".png"})
-    psnr = Validator(photos, crop_px=None).run(load_autoencoder()).psnr
-    assert psnr == pytest.approx(card_number(r"BSDS500 test set.*?\| ([\d.]+) dB"), abs=0.01)
-    assert f"{psnr:.1f} dB" in (ROOT / "README.md").read_text(encoding="utf-8")
+    result = measured(photos, build_lpips("alex", assets / "weights"))
+    row = r"BSDS500 test set.*?\| sdvae-mini \| "
+    assert result.psnr == pytest.approx(card_number(row + r"([\d.]+) dB"), abs=0.01)
+    assert result.lpips == pytest.approx(card_number(row + r"[\d.]+ dB \| ([\d.]+)"), abs=0.001)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| sdvae-mini | {result.psnr:.1f} dB | {result.lpips:.2f} |" in readme
 
 
 def test_latents_of_photographs_have_about_unit_variance() -> None:
