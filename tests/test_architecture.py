@@ -16,7 +16,7 @@ PACKAGE = Path(sdvae.__file__).parent
 # Packages of one level do not import each other.
 LEVELS = [
     {"_version", "_torchvision", "errors"},
-    {"config"},
+    {"config", "files"},
     {"model", "features", "data"},
     {"checkpoints"},
     {"evaluation", "codec", "explore"},

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from sdvae._version import __version__
-from sdvae.codec.files import write_atomic
 from sdvae.errors import ImageError
+from sdvae.files import write_atomic
 
 __all__ = ["ImageMark", "read_mark", "save_marked"]
 

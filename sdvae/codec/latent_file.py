@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sdvae.codec.files import write_atomic
 from sdvae.codec.latent_header import LatentHeader, read_header
 from sdvae.errors import LatentFileError
+from sdvae.files import write_atomic
 
 __all__ = ["LatentFile"]
 

@@ -12,8 +12,9 @@ from sdvae.codec.latent_header import VaeRecord
 from sdvae.codec.options import RunOptions
 from sdvae.errors import ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
 
-__all__ = ["LoadedVae", "VaeRef", "choose_device", "open_vae"]
+__all__ = ["LoadedVae", "VaeRef", "open_vae"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,15 +28,12 @@ class LoadedVae:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        # 3x3 convolutions on CPUs are faster on channels_last; elsewhere it is left as it comes.
-        return torch.channels_last if self.device.type == "cpu" else torch.contiguous_format
+        return preferred_memory_format(self.device)
 
     @property
     def batch_pixels(self) -> int:
         """Pixels of a batch that suits the device."""
-        # CPU: a batch gains for images up to about 128 px; from 256 px on it is up to a fifth slower than one by one
-        # (widths 32 to 128, one core), and needs more memory. Elsewhere 8 images of 512 px are to keep it busy.
-        return 2**16 if self.device.type == "cpu" else 2**21
+        return batch_pixels(self.device)
 
 
 VaeRef = str | Path | AutoencoderKL | LoadedVae | None
@@ -73,19 +71,3 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
     if model is not vae:  # a model that was handed in is not changed
         model.to(memory_format=loaded.memory_format)
     return loaded
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a name stands for; auto is cuda where there is one, else mps, else cpu.
-
-    Raises: ConfigError where the device is not there.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if present[kind])
-    if not present[name]:
-        raise ConfigError(
-            f"device '{name}' is not available to torch {torch.__version__}; "
-            "use --device cpu, or auto to take what is there"
-        )
-    return torch.device(name)

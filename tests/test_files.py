@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.codec import files
-from sdvae.codec.files import remove_leftovers, write_atomic
+from sdvae import files
+from sdvae.files import remove_leftovers, write_atomic
 
 
 def temporary_name(process: int, host: str | None = None, start: str = "00000000") -> str:
