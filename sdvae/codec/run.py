@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_t
 from sdvae.data.sources import ImageFile, file_digest, find_images
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import LatentFileError
-from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.posterior import DiagonalGaussian, image_generator
 
 __all__ = ["DecodeRun", "EncodeRun", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
 
@@ -113,7 +112,7 @@ class EncodeRun:
         elif header.store == "mode":
             tensors = {"z": posterior.mode()}
         else:
-            tensors = {"z": posterior.sample(_generator(self.options.seed, header.source.key))}
+            tensors = {"z": posterior.sample(image_generator(self.options.seed, header.source.key))}
         dtype = getattr(torch, header.latent_dtype)
         stored = {name: tensor[0].to(dtype) for name, tensor in tensors.items()}  # each (C, h, w)
         LatentFile(header=header, tensors=stored).write(member.item.output)
@@ -280,9 +279,3 @@ def _to_device(tensors: Sequence[Tensor], vae: LoadedVae) -> Tensor:
     if vae.device.type == "cuda":
         batch = batch.pin_memory()
     return batch.to(vae.device, vae.dtype, non_blocking=True)
-
-
-def _generator(seed: int, key: str) -> torch.Generator:
-    """The random stream of one image: the same in any batch, order or number of workers, and on any device."""
-    digest = sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-__all__ = ["LOGVAR_MAX", "LOGVAR_MIN", "DiagonalGaussian"]
+__all__ = ["LOGVAR_MAX", "LOGVAR_MIN", "DiagonalGaussian", "image_generator"]
 
 # The clamp of latent-diffusion and diffusers; a file or a peer that reads our moments expects the same.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -65,6 +66,12 @@ class DiagonalGaussian:
         z: (B, C, h, w). Returns: (B,) with the default dims, nats.
         """
         return 0.5 * (math.log(2.0 * math.pi) + self.logvar + (z - self.mean).square() / self.var).sum(dim=tuple(dims))
+
+
+def image_generator(seed: int, key: str) -> torch.Generator:
+    """The random stream of one image: the same in any batch, order or number of workers, and on any device."""
+    digest = sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

@@ -1,0 +1,122 @@
+"""What was measured on one block of images, and the folder where blocks wait until all of them are there.
+
+Each process writes its blocks as whole files and forgets them, so memory does not grow with the set and a killed run
+loses one block. The reader goes through them in their order, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdvae.errors import ConfigError
+from sdvae.files import remove_leftovers, write_atomic
+
+__all__ = ["ORIGINALS", "Block", "BlockStore"]
+
+ORIGINALS = "originals"  # the owner of the original images' features; no VAE has this id
+_JSON_FIELDS = ("images", "unreadable", "values", "pixels", "seconds")
+_ARRAY_FIELDS = ("features", "latents", "swaps")
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(kw_only=True)
+class Block:
+    """Measurements of one block, images in the order of their keys."""
+
+    images: list[dict[str, Any]] = field(default_factory=list)  # index, key, digest, width, height
+    unreadable: list[dict[str, Any]] = field(default_factory=list)  # key, reason
+    values: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # VAE -> metric -> one per image
+    pixels: int = 0
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # VAE -> encode, decode
+    features: dict[str, Arrays] = field(default_factory=dict)  # VAE or ORIGINALS -> "rows": (n, D) float32
+    latents: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its LatentHealth
+    swaps: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its SwapTest
+
+
+class BlockStore:
+    """The folder of a run in progress.
+
+    One folder belongs to one run: the same images, protocol and autoencoders. Several processes may write into it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, run: dict[str, Any], *, overwrite: bool) -> None:
+        """Make the folder, or go on with the one that is there; by one process.
+
+        run: what identifies the run; plain values.
+        Raises: ConfigError where another run was interrupted here.
+        """
+        path = self.folder / "run.json"
+        if path.is_file():
+            known = _read_run(path)
+            if known == run:
+                remove_leftovers([self.folder])
+                return
+            if not overwrite:
+                differing = sorted(key for key in run.keys() | known.keys() if run.get(key) != known.get(key))
+                raise ConfigError(
+                    f"{self.folder.parent} holds an interrupted evaluation that differs in {', '.join(differing)}: "
+                    "repeat its command to finish it, choose another --out, or give it up with --overwrite"
+                )
+        self.discard()
+        write_atomic(json.dumps(run, indent=1).encode(), path)
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def has(self, number: int) -> bool:
+        return self._path(number).is_file()
+
+    def save(self, number: int, block: Block) -> None:
+        """Raises: OSError."""
+        arrays = {
+            f"{name}/{owner}/{key}": array
+            for name in _ARRAY_FIELDS
+            for owner, state in getattr(block, name).items()
+            for key, array in state.items()
+        }
+        text = json.dumps({name: getattr(block, name) for name in _JSON_FIELDS})
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, json=np.frombuffer(text.encode(), np.uint8), **arrays)
+        write_atomic(buffer.getvalue(), self._path(number))
+
+    def load(self, number: int) -> Block:
+        block = Block()
+        with np.load(self._path(number), allow_pickle=False) as file:
+            for name, value in json.loads(bytes(file["json"])).items():
+                setattr(block, name, value)
+            for path in file.files:
+                if path == "json":
+                    continue
+                name, owner, key = path.split("/")
+                getattr(block, name).setdefault(owner, {})[key] = file[path]
+        return block
+
+    def load_all(self, num_blocks: int) -> Iterator[Block]:
+        """One after the other, in their order."""
+        for number in range(num_blocks):
+            yield self.load(number)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"block-{number:06d}.npz"
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
