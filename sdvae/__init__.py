@@ -13,6 +13,7 @@ from sdvae._version import __version__
 if TYPE_CHECKING:
     from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
     from sdvae.codec.run import decode_folder, encode_folder
+    from sdvae.evaluation.runner import evaluate
     from sdvae.model.autoencoder import AutoencoderKL
     from sdvae.training.loop import train
 
@@ -23,6 +24,7 @@ _HOMES = {
     "to_diffusers": "sdvae.checkpoints.store",
     "encode_folder": "sdvae.codec.run",
     "decode_folder": "sdvae.codec.run",
+    "evaluate": "sdvae.evaluation.runner",
     "train": "sdvae.training.loop",
 }
 
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "decode_folder",
     "encode_folder",
+    "evaluate",
     "load_autoencoder",
     "save_autoencoder",
     "to_diffusers",

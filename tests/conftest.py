@@ -60,6 +60,27 @@ def other_vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def taesd_path(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published TAESD as a diffusers folder, from its files in the original layout."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    encoder = load_file(assets / "weights" / "taesd_encoder.safetensors")
+    decoder = load_file(assets / "weights" / "taesd_decoder.safetensors")
+    state = {f"encoder.layers.{name}": tensor for name, tensor in encoder.items()}
+    for name, tensor in decoder.items():
+        layer, rest = name.split(".", 1)
+        state[f"decoder.layers.{int(layer) - 1}.{rest}"] = (
+            tensor  # layer 0 is the clamp, which diffusers has no layer for
+        )
+    model = diffusers.AutoencoderTiny()
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+    folder = tmp_path_factory.mktemp("vae") / "taesd"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vae(vae_path: Path) -> AutoencoderKL:
     return load_autoencoder(vae_path)
 

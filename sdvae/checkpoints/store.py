@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from glob import escape as glob_escape
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -62,7 +62,8 @@ def bundled_path() -> Path:
     return Path(str(package_files("sdvae") / "assets" / BUNDLED_NAME))
 
 
-def _locate(ref: str | Path | None, subfolder: str | None, revision: str | None, local_files_only: bool) -> Found:
+def locate(ref: str | Path | None, subfolder: str | None, revision: str | None, local_files_only: bool) -> Found:
+    """Find the files that a reference for `load_autoencoder` means, of whatever class the autoencoder is."""
     if ref is None:
         return _locate_bundled()
     path = Path(ref).expanduser()
@@ -91,7 +92,8 @@ def _locate_bundled() -> Found:
     return formats.identify(path)
 
 
-def _config_path(found: Found, config: str | Path | None) -> Path:
+def config_path_for(found: Found, config: str | Path | None = None) -> Path:
+    """The config.json of an autoencoder: the one given, else the one beside its weights."""
     if config is None:
         if found.config is None:
             raise CheckpointError(
@@ -110,7 +112,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = formats.read_json(path)
     if (name := config.get("_class_name", _CLASS_NAME)) != _CLASS_NAME:
         raise CheckpointError(f"{path}: describes the class {name}; expected {_CLASS_NAME}")
-    fields = _fields(config)
+    fields = config_fields(config)
     known = list(inspect.signature(AutoencoderKL.__init__).parameters)[1:]
     if unknown := sorted(set(fields) - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)
@@ -122,15 +124,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own fields of a config, without diffusers' notes, such as `_class_name`."""
     return {field: value for field, value in config.items() if not field.startswith("_")}
 
 
-def _read_weights(found: Found) -> dict[str, Tensor]:
-    """All weights, under the names in use today. Those of safetensors files are read from disk only when touched."""
+def read_weights(found: Found, kinds: Collection[Kind] = (Kind.FILE, Kind.OTHER)) -> dict[str, Tensor]:
+    """All weights, under the names in use today. Those of safetensors files are read from disk only when touched.
+
+    kinds: the layouts of keys that are let through. OTHER is among them: the comparison of keys says more about it.
+    """
     tensors = _read_shards(found.weights) if found.weights.suffix == ".json" else _read_file(found.weights)
     kind, evidence = formats.kind_of_keys(tensors)
-    if kind not in (Kind.FILE, Kind.OTHER):  # OTHER: the comparison of keys says more
+    if kind not in kinds:
         raise CheckpointError(
             f"{found.weights}: this is a {kind} ({evidence}); only diffusers keys are loaded. For the files of Stable "
             f"Diffusion, diffusers converts: AutoencoderKL.from_single_file(FILE, config=DIR).save_pretrained(OUT)"
@@ -200,34 +206,43 @@ def _build(fields: Mapping[str, Any], source: Path) -> AutoencoderKL:
         raise CheckpointError(f"{source}: no autoencoder can be built from it: {error}{note}") from error
 
 
-def _misfit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], vae: AutoencoderKL) -> str:
-    """What keeps these weights from being those of `vae`, built from `fields`; empty if nothing does."""
+def key_problems(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps these weights from being a model's, whose own state is given; empty if nothing does."""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    counts = {name for name, tensor in state.items() if not tensor.is_floating_point()}  # whole by their nature
     wrong = [name for name, shape in expected.items() if found.get(name, shape) != shape]
     problems = {
         "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
         "unexpected": [f"{name} {shape}" for name, shape in found.items() if name not in expected],
         "wrongly shaped": [f"{name}, file {found[name]}, model {expected[name]}" for name in wrong],
-        "not floating point": [f"{name} {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()],
+        "not floating point": [
+            f"{name} {t.dtype}" for name, t in tensors.items() if not t.is_floating_point() and name not in counts
+        ],
     }
-    parts = [f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names]
-    if not parts:
+    return "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
+
+
+def _misfit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], vae: AutoencoderKL) -> str:
+    """What keeps these weights from being those of `vae`, built from `fields`; empty if nothing does."""
+    if not (problems := key_problems(tensors, vae.state_dict())):
         return ""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     causes = []
     for field, value in fields_from_shapes(found).items():
         configured = vae.config[field]
         if (list(configured) if isinstance(configured, tuple) else configured) != value:
             origin = "is" if field in fields else "is missing, so it is"
             causes.append(f"{field} {origin} {configured!r}, the weights were made with {value!r}")
-    return "; ".join(parts) + (f". In the configuration, {'; '.join(causes)}" if causes else "")
+    return problems + (f". In the configuration, {'; '.join(causes)}" if causes else "")
 
 
 def _first(names: list[str]) -> str:
     return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
 
 
-def _first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that has an infinite value or none at all."""
     # The extremes carry inf and nan along, in one pass; isfinite().all() makes copies as large as the tensor.
     for name, tensor in tensors.items():
         if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
@@ -264,17 +279,17 @@ def load_autoencoder(
         arguments that do not go together.
     """
     _check_dtype(dtype)
-    found = _locate(ref, subfolder, revision, local_files_only)
-    stored = _read_weights(found)
-    config_path = _config_path(found, config)
+    found = locate(ref, subfolder, revision, local_files_only)
+    stored = read_weights(found)
+    config_path = config_path_for(found, config)
     fields = _read_config(config_path)
     vae = _build(fields, config_path)
     if misfit := _misfit(stored, fields, vae):
         raise CheckpointError(f"{found.weights}: the weights do not fit {config_path}: {misfit}")
     # Copied in any case: a weight that stays in the file's memory map is unaligned, and changes if the file does.
     tensors = {name: t.to(device=device, dtype=dtype or torch.float32, copy=True) for name, t in stored.items()}
-    if name := _first_not_finite(tensors):
-        cause = "" if _first_not_finite({name: stored[name].float()}) else f" after the cast to {dtype}"
+    if name := first_not_finite(tensors):
+        cause = "" if first_not_finite({name: stored[name].float()}) else f" after the cast to {dtype}"
         raise CheckpointError(f"{found.weights}: `{name}` has values that are not finite{cause}")
     vae.load_state_dict(tensors, strict=True, assign=True)
     vae.eval()
@@ -309,9 +324,9 @@ def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
     config = json.loads(vae.to_json_string()) | {"_class_name": _CLASS_NAME}
     config.pop("_name_or_path", None)  # where this copy came from is no business of those who get the files
     tensors = {n: t.detach().to(device="cpu", dtype=dtype).contiguous() for n, t in vae.state_dict().items()}
-    if misfit := _misfit(tensors, _fields(config), _build(_fields(config), folder)):
+    if misfit := _misfit(tensors, config_fields(config), _build(config_fields(config), folder)):
         raise CheckpointError(f"the VAE is not saved, for its weights do not fit its configuration: {misfit}")
-    if name := _first_not_finite(tensors):
+    if name := first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not saved: `{name}` has values that are not finite as {tensors[name].dtype}")
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -339,7 +354,7 @@ def _swap_in(fresh: Path, target: Path) -> None:
     - nothing at target, or an empty folder: one rename;
     - Linux, on most file systems: one exchange of the two names, so that target is whole at every moment;
     - elsewhere: the old one is renamed aside, then the new one in. Killed between the two, target is missing, but
-      whole under its other name: loading finds it there (`_locate`), and the next save moves it back (`_recover`).
+      whole under its other name: loading finds it there (`locate`), and the next save moves it back (`_recover`).
     """
     if not target.exists() or not any(target.iterdir()):
         if target.exists():
@@ -425,21 +440,21 @@ def to_diffusers(vae: AutoencoderKL) -> diffusers.AutoencoderKL:
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
     with torch.device("meta"):
-        stock = StockAutoencoderKL(**_fields(vae.config))
+        stock = StockAutoencoderKL(**config_fields(vae.config))
     copies = {name: tensor.detach().clone() for name, tensor in vae.state_dict().items()}
     stock.load_state_dict(copies, strict=True, assign=True)
     return stock.train(vae.training)
 
 
-def autoencoder_digest(vae: AutoencoderKL | diffusers.AutoencoderKL) -> str:
-    """Identity of an autoencoder: with equal digests, equal images have equal latents, up to rounding.
+def autoencoder_digest(vae: diffusers.ModelMixin) -> str:
+    """Identity of an autoencoder of any class: with equal digests, equal images have equal latents, up to rounding.
 
     Covers all weights as float32 in the order of their names, and all config fields but `sample_size` and
     `force_upcast`. Independent of device, memory format and storage, as long as the values are the same; a cast to half
     precision changes them, so take the digest before it.
     Returns: "sha256:<hex>".
     """
-    config = {field: _plain(value) for field, value in _fields(vae.config).items() if field not in _NOT_IN_DIGEST}
+    config = {field: _plain(value) for field, value in config_fields(vae.config).items() if field not in _NOT_IN_DIGEST}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())

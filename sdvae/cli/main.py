@@ -30,6 +30,8 @@ _MODULES = {
     "reconstruct": "sdvae.cli.reconstruct",
     "inspect": "sdvae.cli.inspect",
     "train": "sdvae.cli.train",
+    "evaluate": "sdvae.cli.evaluate",
+    "report": "sdvae.cli.report",
 }
 
 

@@ -23,7 +23,7 @@ from sdvae.files import remove_leftovers, write_atomic
 __all__ = ["ORIGINALS", "Block", "BlockStore"]
 
 ORIGINALS = "originals"  # the owner of the original images' features; no VAE has this id
-_JSON_FIELDS = ("images", "unreadable", "values", "pixels", "seconds")
+_JSON_FIELDS = ("images", "unreadable", "values", "pixels", "seconds", "nonfinite")
 _ARRAY_FIELDS = ("features", "latents", "swaps")
 
 Arrays = dict[str, NDArray[Any]]
@@ -38,6 +38,7 @@ class Block:
     values: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # VAE -> metric -> one per image
     pixels: int = 0
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)  # VAE -> encode, decode
+    nonfinite: dict[str, int] = field(default_factory=dict)  # VAE -> reconstructions with values that are not finite
     features: dict[str, Arrays] = field(default_factory=dict)  # VAE or ORIGINALS -> "rows": (n, D) float32
     latents: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its LatentHealth
     swaps: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its SwapTest
@@ -101,7 +102,7 @@ class BlockStore:
             for path in file.files:
                 if path == "json":
                     continue
-                name, owner, key = path.split("/")
+                name, owner, key = path.split("/", 2)  # keys may hold more of them
                 getattr(block, name).setdefault(owner, {})[key] = file[path]
         return block
 

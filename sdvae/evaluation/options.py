@@ -23,6 +23,7 @@ class EvaluateOptions:
     skip_unavailable: bool = False  # leave metrics out whose package or weights cannot be had
     stress: tuple[str, ...] = ("cycles", "sampling")
     stress_images: int = 8
+    swap_images: int = 64
     gallery_images: int = 24
     fid_statistics: Path | None = None  # .npz that stands for the originals
     save_fid_statistics: Path | None = None  # .npz to write the originals' statistics to
@@ -35,8 +36,8 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
-        if self.stress_images < 1 or self.gallery_images < 0:
-            raise ConfigError("stress_images must be 1 or more, gallery_images 0 or more")
+        if self.stress_images < 1 or self.swap_images < 1 or self.gallery_images < 0:
+            raise ConfigError("stress_images and swap_images must be 1 or more, gallery_images 0 or more")
         stress_names(",".join(self.stress) or "none")
 
 

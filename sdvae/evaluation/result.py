@@ -69,7 +69,7 @@ def load_result(path: str | Path) -> EvaluationResult:
         raise ConfigError(f"{path}: not JSON ({error}); expected the result.json of sdvae evaluate") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise ConfigError(f"{path}: its schema is {schema!r}; this version of sdvae reads {SCHEMA!r} (see sdvae evaluate)")
+        raise ConfigError(f"{path}: its schema is {schema!r}; this version of sdvae reads {SCHEMA!r}")
     known = {each.name for each in fields(EvaluationResult)}
     required = known - {"published", "gates", "warnings", "per_image", "gallery"}
     if lacking := sorted(required - data.keys()):

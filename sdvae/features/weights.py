@@ -59,10 +59,16 @@ def _imagenet(file_name: str, size_mb: int, stem: str) -> KnownWeights:
 
 
 # The first three as torchvision 0.28 publishes them (IMAGENET1K_V1); of their tensors only `features.*` is used.
+# The last as torch-fidelity 0.4.0 does (feature_extractor_inceptionv3.py), converted from TensorFlow's of 2015-12-05.
 KNOWN_WEIGHTS: dict[str, KnownWeights] = {
     "vgg16": _imagenet("vgg16-397923af.pth", 528, "vgg16"),
     "alexnet": _imagenet("alexnet-owt-7be5be79.pth", 233, "alexnet"),
     "squeezenet1_1": _imagenet("squeezenet1_1-b8a52dc0.pth", 5, "squeezenet1_1"),
+    "inception": KnownWeights(
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+        size_mb=91,
+        other_names=("fid_inception_2015-12-05.safetensors", "fid_inception_2015-12-05_fp16.safetensors"),
+    ),
 }
 
 
@@ -166,14 +172,17 @@ def _raise_missing(name: str, tried: list[str], option: str, without: str) -> Pa
     )
 
 
-def load_weights(path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def load_weights(
+    path: Path, shapes: Mapping[str, torch.Size], *, optional: Mapping[str, torch.Size] | None = None
+) -> dict[str, Tensor]:
     """The named tensors of a weights file, in float32 on the CPU; its other tensors are left.
 
     path: .safetensors, or a pickle of torch, from which only tensors are read.
-    shapes: names and shapes that the file must hold.
+    shapes: names and shapes that the file must hold; optional: those that it may hold.
     Raises: CheckpointError for a file that is damaged, or lacks tensors, or has them in other shapes or not finite.
     """
     tensors = _read(path)
+    shapes = {**shapes, **{name: shape for name, shape in (optional or {}).items() if name in tensors}}
     found = {name: tuple(tensors[name].shape) for name in shapes if name in tensors}
     missing = [f"{name} {tuple(shape)}" for name, shape in shapes.items() if name not in found]
     wrong = [

@@ -1,0 +1,269 @@
+"""`sdvae evaluate`: how good autoencoders are, and whether one is better than a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdvae.cli.options import announce_vae, json_option
+from sdvae.cli.output import note, print_json, print_table, progress, shown
+from sdvae.codec.options import COMPUTE_DTYPES, DEVICES
+from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
+from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
+
+if TYPE_CHECKING:
+    from sdvae.evaluation.plan import EvaluationPlan
+    from sdvae.evaluation.result import EvaluationResult
+
+__all__ = ["evaluate_command", "print_result"]
+
+
+@click.command(
+    name="evaluate",
+    epilog="""\b
+Examples:
+  sdvae evaluate photos --vae runs/mine/vae --reference stabilityai/sd-vae-ft-mse --out report
+  sdvae evaluate photos --metrics plain --out report --fail-if 'psnr<24.5'""",
+)
+@click.argument("images")
+@click.option("--out", type=click.Path(), required=True, help="Folder for result.json, per_image.csv and report.html.")
+@click.option(
+    "--vae", "vaes", metavar="REF", multiple=True, help="A VAE to measure; may be repeated.  [default: the bundled one]"
+)
+@click.option("--reference", metavar="REF", help="The VAE that the others are compared with, image by image.")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    default="native",
+    show_default=True,
+    help="Pins everything below down to --background.",
+)
+@click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px.")
+@click.option("--crop", type=click.Choice(["center", "none"]), help="center: cut the resized image to N x N.")
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure N images, evenly spaced over the sorted names.",
+)
+@click.option("--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}.")
+@click.option("--posterior", type=click.Choice(["mode", "sample"]), help="z that is decoded: the mean, or a draw.")
+@click.option("--seed", type=int, help="Of draws, bootstrap and KID.")
+@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Precision of the VAEs.")
+@click.option("--tiling", type=click.Choice(["off", "blended"]), help="blended: the VAE's own tiled mode.")
+@click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb.")
+@click.option(
+    "--stress",
+    metavar="LIST",
+    default=",".join(EvaluateOptions.stress),
+    show_default=True,
+    help=f"Stress tests: all, none, or of {', '.join(STRESS_NAMES)}.",
+)
+@click.option(
+    "--stress-images",
+    type=click.IntRange(min=1),
+    default=EvaluateOptions.stress_images,
+    show_default=True,
+    metavar="N",
+    help="Images that the stress tests use.",
+)
+@click.option(
+    "--swap-images",
+    type=click.IntRange(min=1),
+    default=EvaluateOptions.swap_images,
+    show_default=True,
+    metavar="N",
+    help="Images that the swap test against the reference uses.",
+)
+@click.option(
+    "--gallery",
+    "gallery_images",
+    type=click.IntRange(min=0),
+    default=EvaluateOptions.gallery_images,
+    show_default=True,
+    metavar="N",
+    help="Pictures in the report: the worst by each metric, and evenly spaced ones.",
+)
+@click.option(
+    "--fid-stats",
+    "fid_statistics",
+    type=click.Path(path_type=Path),
+    help="rFID against these statistics (.npz with mu and sigma) instead of the originals.",
+)
+@click.option(
+    "--save-fid-stats",
+    "save_fid_statistics",
+    type=click.Path(path_type=Path),
+    help="Write the originals' statistics here.",
+)
+@click.option(
+    "--published",
+    type=click.Choice(["coco", "laion", "imagenet", "all"]),
+    help="Show published numbers of Stable Diffusion's VAEs beside.",
+)
+@click.option(
+    "--weights",
+    "weights_path",
+    type=click.Path(path_type=Path),
+    help="Folder with the frozen networks' weights.  [default: $SDVAE_WEIGHTS, torch hub's cache, download]",
+)
+@click.option("--skip-unavailable", is_flag=True, help="Leave out metrics whose package or weights cannot be had.")
+@click.option(
+    "--fail-if",
+    "gates",
+    metavar="CONDITION",
+    multiple=True,
+    help="Exit code 1 where it holds, e.g. 'psnr<24.5', 'delta.lpips>0.005'; may be repeated.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default=EvaluateOptions.device,
+    show_default=True,
+    help="auto: cuda, mps, cpu.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images of one size that go through a VAE together.  [default: what suits the device]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads that read.  [default: one per core, at most 8]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace what another evaluation left in --out.")
+@click.option("--dry-run", is_flag=True, help="Print the protocol and what would be done, and write nothing.")
+@json_option
+@click.pass_context
+def evaluate_command(
+    ctx: click.Context,
+    /,
+    images: str,
+    out: str,
+    vaes: tuple[str, ...],
+    reference: str | None,
+    preset: str,
+    metrics: str | None,
+    stress: str,
+    dry_run: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure VAEs on IMAGES, and write a report that opens in any browser.
+
+    IMAGES is a folder, a file, a glob in quotes, or a .txt list; each first subfolder is a slice. Interrupted,
+    the same command goes on. On several devices: accelerate launch -m sdvae evaluate ...
+    """
+    protocol = _protocol(preset, metrics, settings)
+    options = EvaluateOptions(stress=stress_names(stress), **settings)
+    announce_vae(vaes[0] if vaes else None)
+    from sdvae.evaluation.plan import plan_evaluation
+
+    plan = plan_evaluation(images, vaes, reference, out, protocol, options)
+    if dry_run:
+        _print_plan(plan, as_json)
+        return
+    from sdvae.evaluation.runner import run_evaluation
+
+    with progress("evaluate") as on_progress:
+        result = run_evaluation(plan, on_progress)
+    if result is None:  # another process of the same launch tells it
+        return
+    if as_json:
+        print_json({"command": "evaluate", "out": out, **result.to_json(large=False)})
+    else:
+        print_result(result)
+        click.echo(shown(f"Report: {Path(out) / 'report.html'}"))
+    ctx.exit(result.exit_code)
+
+
+def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Protocol:
+    """The preset with what was given besides; takes its options out of `settings`."""
+    names = ("size_px", "crop", "max_images", "posterior", "seed", "dtype", "tiling", "background")
+    given = {name: value for name in names if (value := settings.pop(name)) is not None}
+    if metrics is not None:
+        given["metrics"] = metric_names(metrics)
+    changed = {name: value for name, value in given.items() if value != getattr(PRESETS[preset], name)}
+    if not changed:
+        return PRESETS[preset]
+    return replace(PRESETS[preset], preset=f"{preset} changed", **changed)
+
+
+def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
+    from sdvae.errors import SdvaeError
+    from sdvae.evaluation.metrics import find_metric_weights
+
+    weights = {}
+    for name in plan.protocol.metrics:
+        try:
+            path = find_metric_weights(name, plan.options.weights_path)
+        except SdvaeError as error:
+            weights[name] = f"not at hand: {str(error).splitlines()[0]}"
+        else:
+            if path is not None:
+                weights[name] = str(path)
+    if as_json:
+        print_json({"command": "evaluate", "dry_run": True, **plan.to_json(), "weights": weights})
+        return
+    click.echo(shown(f"{len(plan.files)} of {plan.num_found} images in {plan.source} -> {plan.out}"))
+    for entrant in plan.entrants:
+        click.echo(shown(f"{entrant.role}: {entrant.id} ({entrant.ref or 'bundled'})"))
+    for name, value in plan.protocol.to_json().items():
+        click.echo(f"  {name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    for name, place in weights.items():
+        click.echo(shown(f"weights for {name}: {place}"))
+    for name, reason in plan.skipped_metrics:
+        click.echo(f"left out: {name}: {reason}")
+    click.echo("Nothing was written.")
+
+
+def print_result(result: EvaluationResult) -> None:
+    """The summary as a table, comparisons in words, then what went wrong."""
+    metrics: Sequence[Mapping[str, Any]] = result.metrics
+    arrows = {"higher": "higher is better", "lower": "lower is better"}
+    rows = []
+    for metric in metrics:
+        cells = [_cell(vae["summary"].get(metric["name"]), metric["decimals"]) for vae in result.vaes]
+        goal = arrows.get(metric["better"]) or f"best: {metric['target']:g}"
+        rows.append((f"{metric['title']} {metric['unit']}".strip(), *cells, goal))
+    marks = [f"{vae['id']} (reference)" if vae["role"] == "reference" else vae["id"] for vae in result.vaes]
+    print_table((f"{result.dataset['num_images']} images", *marks, ""), rows)
+    for comparison in result.comparisons:
+        for line in _comparison_lines(comparison, metrics):
+            click.echo(shown(line))
+    for skipped in result.skipped_metrics:
+        note(f"left out: {skipped['name']}: {skipped['reason']}")
+    for warning in result.warnings:
+        note(shown(f"Warning: {warning}"))
+    for failed in result.dataset["unreadable"]:
+        note(shown(f"not read: {failed['key']}: {failed['reason']}"))
+    for gate in result.gates:
+        click.echo(shown(f"{'passed' if gate['passed'] else 'FAILED'}: {gate['expression']}: {gate['reason']}"))
+
+
+def _cell(summary: Mapping[str, Any] | None, decimals: int) -> str:
+    if summary is None or (value := summary.get("mean", summary.get("value"))) is None:
+        return "n/a"
+    if summary.get("low") is None or summary.get("high") is None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f} [{summary['low']:.{decimals}f}, {summary['high']:.{decimals}f}]"
+
+
+def _comparison_lines(comparison: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"{comparison['vae']} against {comparison['reference']}:"]
+    for metric in metrics:
+        if (found := comparison["metrics"].get(metric["name"])) is None or found.get("delta") is None:
+            continue
+        digits = metric["decimals"]
+        line = f"  {metric['title']}: {found['delta']:+.{digits}f}"
+        if found.get("low") is not None:
+            line += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}], {found['verdict']}"
+            line += f", better on {found['won']:.0%} of the images"
+        lines.append(line)
+    swap = comparison["swap"]
+    lines.append(f"  swap: {swap['sentence'] if 'sentence' in swap else 'not tested: ' + swap['skipped']}")
+    return lines

@@ -1,0 +1,268 @@
+"""From measured blocks to a result: means, intervals, set metrics, latent health, comparisons, stress, pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sdvae._version import __version__
+from sdvae.data.images import PREPROCESSING_VERSION
+from sdvae.errors import ImageError
+from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
+from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
+from sdvae.evaluation.gallery import choose_gallery, gallery_entry
+from sdvae.evaluation.images import Prepared, blocks_of, slice_of, stand_digest
+from sdvae.evaluation.latents import LatentHealth
+from sdvae.evaluation.metrics import IMAGE_METRICS
+from sdvae.evaluation.protocol import FID_MIN_IMAGES
+from sdvae.evaluation.result import EvaluationResult
+from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
+from sdvae.evaluation.setup import Setup
+from sdvae.evaluation.stress import run_stress
+from sdvae.evaluation.swap import swap_obstacle
+
+__all__ = ["conclude"]
+
+Read = Callable[[Sequence[int]], Iterator[tuple[int, Prepared | Exception]]]
+
+
+def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> EvaluationResult:
+    """All that follows from the blocks of the store; gates and published numbers are left to the caller.
+
+    read: indices of images -> the images again, for stress tests and pictures. started: time.perf_counter() of the
+    run's begin. Raises: ImageError where no image could be read.
+    """
+    plan = setup.plan
+    num_blocks = len(blocks_of(len(plan.files)))
+    table = _Table.of(store.load_all(num_blocks), setup)
+    if not table.images:
+        raise ImageError(
+            f"none of the {len(plan.files)} images can be read; the first: {table.unreadable[0]['key']}: "
+            f"{table.unreadable[0]['reason']}"
+        )
+    rows = [_metric_row(name) for name in plan.protocol.metrics]
+    skipped = [*plan.skipped_metrics, *setup.networks.skipped]
+    sets: dict[str, dict[str, Any]] = {id_: {} for id_ in setup.subjects}
+    if setup.networks.set_metrics and len(table.images) < FID_MIN_IMAGES:
+        skipped += [(name, "only one image could be read") for name in setup.networks.set_metrics]
+    elif setup.networks.set_metrics:
+        sets = _measure_sets(setup, store, num_blocks)
+    images_for_stress = _read_again(read, table, _spaced(len(table.images), plan.options.stress_images))
+    gallery = _read_again(read, table, choose_gallery(table.values, len(table.images), plan.options.gallery_images))
+    vaes = _vaes(setup, table, sets, rows, _merged_health(setup, store, num_blocks), images_for_stress)
+    return EvaluationResult(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        sdvae_version=__version__,
+        protocol=plan.protocol.to_json() | {"preprocessing_version": PREPROCESSING_VERSION},
+        dataset=_dataset(setup, table),
+        metrics=rows,
+        skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
+        vaes=vaes,
+        comparisons=_comparisons(setup, table, sets, rows, store, num_blocks),
+        warnings=table.warnings(),
+        per_image={
+            "keys": [image["key"] for image in table.images],
+            "widths": [image["width"] for image in table.images],
+            "heights": [image["height"] for image in table.images],
+            "slices": table.slices,
+            "values": table.values,
+        },
+        gallery=[gallery_entry(prepared, setup.subjects) for prepared in gallery],
+        environment={
+            "device": str(setup.processes.device),
+            "num_processes": setup.processes.count,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "seconds": time.perf_counter() - started,
+            "inputs": setup.inputs,
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class _Table:
+    """The measurements of all blocks but their arrays."""
+
+    images: list[dict[str, Any]]
+    unreadable: list[dict[str, Any]]
+    values: dict[str, dict[str, list[float | None]]]
+    seconds: dict[str, dict[str, float]]
+    nonfinite: dict[str, int]
+    megapixels: float = 0.0
+
+    @classmethod
+    def of(cls, blocks: Iterator[Block], setup: Setup) -> _Table:
+        ids = setup.subjects
+        table = cls(
+            images=[],
+            unreadable=[],
+            values={id_: {name: [] for name in setup.networks.metrics} for id_ in ids},
+            seconds={id_: {"encode": 0.0, "decode": 0.0} for id_ in ids},
+            nonfinite=dict.fromkeys(ids, 0),
+        )
+        for block in blocks:
+            table.images += block.images
+            table.unreadable += block.unreadable
+            table.megapixels += block.pixels / 1e6
+            for id_ in ids:
+                table.nonfinite[id_] += block.nonfinite[id_]
+                for name, column in table.values[id_].items():
+                    column += block.values[id_][name]
+                for step in table.seconds[id_]:
+                    table.seconds[id_][step] += block.seconds[id_][step]
+        return table
+
+    @property
+    def slices(self) -> list[str]:
+        return [slice_of(image["key"]) for image in self.images]
+
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers must know."""
+        count = len(self.images)
+        found = [
+            f"{id_}: {broken} of {count} reconstructions hold values that are not finite, which count as black or white"
+            for id_, broken in self.nonfinite.items()
+            if broken
+        ]
+        for name, column in next(iter(self.values.values())).items():
+            if lacking := column.count(None):
+                metric = IMAGE_METRICS[name]
+                small = sum(min(image["width"], image["height"]) < metric.min_px for image in self.images)
+                reason = f"{small} are smaller than its {metric.min_px} px" if small else "they lack what it measures"
+                found.append(f"{metric.title} leaves out {lacking} of {count} images: {reason}")
+        return found
+
+
+def _metric_row(name: str) -> dict[str, Any]:
+    if name in SET_METRIC_ROWS:
+        return SET_METRIC_ROWS[name]
+    fields = ("name", "title", "unit", "better", "target", "decimals", "definition", "source")
+    return {field: getattr(IMAGE_METRICS[name], field) for field in fields} | {"kind": "image"}
+
+
+def _measure_sets(setup: Setup, store: BlockStore, num_blocks: int) -> dict[str, dict[str, Any]]:
+    options = setup.plan.options
+    measured = None
+    if setup.fid_reference is None or options.save_fid_statistics is not None:
+        measured = moments_of(store, num_blocks, ORIGINALS)
+    if measured is not None and options.save_fid_statistics is not None:
+        identity = {"images": stand_digest(setup.plan.files), "protocol": setup.plan.protocol.to_json()}
+        write_statistics(options.save_fid_statistics, measured, identity)
+    originals = setup.fid_reference or measured
+    assert originals is not None
+    return measure_sets(store, num_blocks, list(setup.subjects), setup.plan.protocol, originals)
+
+
+def _merged_health(setup: Setup, store: BlockStore, num_blocks: int) -> dict[str, LatentHealth]:
+    health = {id_: LatentHealth(subject.latent_channels) for id_, subject in setup.subjects.items()}
+    for block in store.load_all(num_blocks):
+        for id_, state in block.latents.items():
+            health[id_].merge(LatentHealth.from_state(state))
+    return health
+
+
+def _vaes(
+    setup: Setup,
+    table: _Table,
+    sets: dict[str, dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    health: dict[str, LatentHealth],
+    images_for_stress: Sequence[Prepared],
+) -> list[dict[str, Any]]:
+    plan = setup.plan
+    bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
+    found = []
+    for entrant in plan.entrants:
+        subject, values = setup.subjects[entrant.id], table.values[entrant.id]
+        found.append(
+            {
+                "id": entrant.id,
+                "ref": subject.ref,
+                "role": entrant.role,
+                **subject.describe(),
+                "summary": summarise(values, **bootstrap) | sets[entrant.id],
+                "slices": slice_summaries(values, table.slices, **bootstrap),
+                "seconds_per_megapixel": {
+                    step: seconds / table.megapixels for step, seconds in table.seconds[entrant.id].items()
+                },
+                "latents": health[entrant.id].health(subject.scaling_factor, subject.shift_factor),
+                "stress": run_stress(
+                    plan.options.stress,
+                    subject,
+                    [(each.key, each.pixels) for each in images_for_stress],
+                    setup.networks.metrics,
+                    plan.protocol.seed,
+                ),
+            }
+        )
+    return found
+
+
+def _comparisons(
+    setup: Setup,
+    table: _Table,
+    sets: dict[str, dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    store: BlockStore,
+    num_blocks: int,
+) -> list[dict[str, Any]]:
+    plan, reference = setup.plan, setup.plan.reference
+    if reference is None:
+        return []
+    swaps = setup.swap_tests()
+    for block in store.load_all(num_blocks):
+        for id_, state in block.swaps.items():
+            swaps[id_].merge(state)
+    bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
+    subjects = setup.subjects
+    return [
+        {
+            "vae": id_,
+            "reference": reference.id,
+            "metrics": paired_differences(table.values[id_], table.values[reference.id], rows, **bootstrap)
+            | set_differences(sets[id_], sets[reference.id], rows),
+            "swap": swaps[id_].result(id_, reference.id)
+            if id_ in swaps
+            else {"skipped": swap_obstacle(subjects[id_], subjects[reference.id])},
+        }
+        for id_ in setup.candidates
+    ]
+
+
+def _dataset(setup: Setup, table: _Table) -> dict[str, Any]:
+    whole = hashlib.sha256()
+    for image in table.images:
+        whole.update(f"{image['key']}\0{image['digest']}\n".encode(errors="surrogateescape"))
+    sides = [side for image in table.images for side in (image["width"], image["height"])]
+    return {
+        "source": setup.plan.source,
+        "num_found": setup.plan.num_found,
+        "num_images": len(table.images),
+        "digest": f"sha256:{whole.hexdigest()}",
+        "unreadable": table.unreadable,
+        "slices": {name: table.slices.count(name) for name in sorted({*table.slices})} if any(table.slices) else {},
+        "sizes": {
+            "min_px": min(sides),
+            "max_px": max(sides),
+            "distinct": len({(image["width"], image["height"]) for image in table.images}),
+        },
+    }
+
+
+def _read_again(read: Read, table: _Table, places: Sequence[int]) -> list[Prepared]:
+    """Some of the measured images."""
+    return [item for _, item in read([table.images[place]["index"] for place in places]) if isinstance(item, Prepared)]
+
+
+def _spaced(count: int, wanted: int) -> list[int]:
+    """At most so many places among `count`, evenly spaced."""
+    return [place * count // min(count, wanted) for place in range(min(count, wanted))]

@@ -1,0 +1,62 @@
+"""The metrics of a protocol, ready to be called; what cannot be had ends the run before it starts, or is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sdvae.errors import ConfigError, MissingWeightsError
+from sdvae.evaluation.metrics import build_metric
+from sdvae.evaluation.options import EvaluateOptions
+from sdvae.evaluation.protocol import SET_METRICS, Protocol
+from sdvae.features.inception import build_inception
+
+__all__ = ["Networks", "build_networks"]
+
+_WITHOUT = "choose --metrics without {name} (the group 'plain' needs no network), or add --skip-unavailable"
+
+
+@dataclass(kw_only=True, eq=False)
+class Networks:
+    """Callables of all metrics that can be computed."""
+
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    inception: Callable[[Tensor], Tensor] | None = None
+    set_metrics: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # name, reason
+
+
+def build_networks(protocol: Protocol, options: EvaluateOptions, device: torch.device) -> Networks:
+    """Build every metric of the protocol; weights are downloaded where they must be.
+
+    Raises: ConfigError for a package that is missing, MissingWeightsError, CheckpointError for weights; the first two
+    leave the metric out with options.skip_unavailable.
+    """
+    metrics, skipped = {}, []
+    for name in (name for name in protocol.metrics if name not in SET_METRICS):
+        try:
+            metrics[name] = build_metric(
+                name, options.weights_path, device=device, option="--weights", without=_WITHOUT.format(name=name)
+            )
+        except (ConfigError, MissingWeightsError) as error:
+            skipped.append((name, _reason(error, options)))
+    set_metrics = tuple(name for name in protocol.metrics if name in SET_METRICS)
+    inception = None
+    if set_metrics:
+        try:
+            without = _WITHOUT.format(name=" and ".join(set_metrics))
+            inception = build_inception(options.weights_path, option="--weights", without=without).to(device)
+        except (ConfigError, MissingWeightsError) as error:
+            reason = _reason(error, options)
+            skipped += [(name, reason) for name in set_metrics]
+            set_metrics = ()
+    return Networks(metrics=metrics, inception=inception, set_metrics=set_metrics, skipped=tuple(skipped))
+
+
+def _reason(error: Exception, options: EvaluateOptions) -> str:
+    if not options.skip_unavailable:
+        raise error
+    return str(error).splitlines()[0]
