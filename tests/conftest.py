@@ -59,6 +59,19 @@ def other_vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_autoencoder(_build_vae(1, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "other")
 
 
+@pytest.fixture
+def make_vae(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a small autoencoder with other fields, such as latent_channels, and perhaps with damaged weights."""
+
+    def make(name: str = "made", damage: Callable[[AutoencoderKL], None] = lambda vae: None, **fields: Any) -> Path:
+        vae = _build_vae(0, **fields)
+        with torch.no_grad():
+            damage(vae)
+        return save_autoencoder(vae, tmp_path / "vaes" / name)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def taesd_path(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The published TAESD as a diffusers folder, from its files in the original layout."""

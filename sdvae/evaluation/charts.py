@@ -21,10 +21,10 @@ Series = tuple[str, str, Sequence[tuple[float, float | None]]]  # label, class, 
 
 def strip(value: float, low: float | None, high: float | None, scale: tuple[float, float], label: str) -> Markup:
     """A dot with its interval on a thin line that spans `scale`."""
-    place = _scale(scale, (6, 134))
-    whisker = "" if low is None or high is None else _line("whisker", place(low), 10, place(high), 10)
-    marks = _line("rule", 2, 10, 138, 10) + whisker + _dot("dot", place(value), 10, 4.5)
-    return _svg(140, 20, "strip", label, marks)
+    place = _scale(scale, (6, 234))
+    whisker = "" if low is None or high is None else _line("whisker", place(low), 7, place(high), 7)
+    marks = _line("rule", 2, 7, 238, 7) + whisker + _dot("dot", place(value), 7, 4.5)
+    return _svg(240, 14, "strip", label, marks)
 
 
 def delta_strip(
@@ -187,14 +187,14 @@ def bar(value: float, limit: float, *, centred: bool) -> Markup:
     mark = Markup('<rect class="bar" x="{}" y="2" width="{}" height="8" rx="1.5"/>').format(
         _n(left), _n(max(width, 0.8))
     )
-    return Markup('<svg class="strip" viewBox="0 0 100 12" width="100" height="12" aria-hidden="true">{}{}</svg>').format(
-        rule, mark
-    )
+    return Markup(
+        '<svg class="strip" viewBox="0 0 100 12" width="100" height="12" aria-hidden="true">{}{}</svg>'
+    ).format(rule, mark)
 
 
-def dumbbells(rows: Sequence[tuple[float, float]], classes: tuple[str, str], label: str) -> Markup:
-    """One row per channel: the values of two VAEs on one axis, joined. rows: (first, second)."""
-    values = [value for pair in rows for value in pair]
+def dumbbells(rows: Sequence[tuple[float | None, float | None]], classes: tuple[str, str], label: str) -> Markup:
+    """One row per channel: the values of two VAEs on one axis, joined. rows: (first, second), some value known."""
+    values = [value for pair in rows for value in pair if value is not None]
     low, high = min(values), max(values)
     pad = 0.08 * (high - low) or max(abs(high) * 0.1, 0.1)
     place, height = _scale((low - pad, high + pad), (30, 330)), 20
@@ -202,8 +202,11 @@ def dumbbells(rows: Sequence[tuple[float, float]], classes: tuple[str, str], lab
     for index, (first, second) in enumerate(rows):
         y = index * height + 12
         marks += _text("end", 22, y + 3.5, str(index)) + _line("grid", 30, y, 330, y)
-        marks += _line("join", place(first), y, place(second), y)
+        if first is not None and second is not None:
+            marks += _line("join", place(first), y, place(second), y)
         for name, value in zip(classes, (first, second), strict=True):
+            if value is None:
+                continue
             marks += Markup('<g class="{}">{}</g>').format(name, _dot("dot", place(value), y, 4.5, _significant(value)))
     base = len(rows) * height + 6
     return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (low - pad, high + pad), base, None))
@@ -299,6 +302,6 @@ def _text(name: str, x: float, y: float, text: str) -> Markup:
 
 
 def _svg(width: float, height: float, name: str, label: str, marks: Markup) -> Markup:
-    return Markup('<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>').format(
-        name, _n(width), _n(height), _n(width), _n(height), escape(label), marks
-    )
+    return Markup(
+        '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>'
+    ).format(name, _n(width), _n(height), _n(width), _n(height), escape(label), marks)

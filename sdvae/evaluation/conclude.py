@@ -6,30 +6,34 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sdvae._version import __version__
-from sdvae.data.images import PREPROCESSING_VERSION
 from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
-from sdvae.evaluation.images import Prepared, blocks_of, slice_of, stand_digest
+from sdvae.evaluation.images import Prepared, blocks_of, prepare, slice_of, stand_digest
 from sdvae.evaluation.latents import LatentHealth
 from sdvae.evaluation.metrics import IMAGE_METRICS
-from sdvae.evaluation.protocol import FID_MIN_IMAGES
+from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
 from sdvae.evaluation.result import EvaluationResult
 from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
 from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.stress import run_stress
+from sdvae.evaluation.subject import Subject
 from sdvae.evaluation.swap import swap_obstacle
 
 __all__ = ["conclude"]
+
+_MAX_SEAM_PX = 1024  # of larger images the centre is taken: the pass without tiles has to fit into memory
 
 Read = Callable[[Sequence[int]], Iterator[tuple[int, Prepared | Exception]]]
 
@@ -55,13 +59,14 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
         skipped += [(name, "only one image could be read") for name in setup.networks.set_metrics]
     elif setup.networks.set_metrics:
         sets = _measure_sets(setup, store, num_blocks)
-    images_for_stress = _read_again(read, table, _spaced(len(table.images), plan.options.stress_images))
+    spaced = _spaced(len(table.images), plan.options.stress_images if plan.options.stress else 0)
+    images_for_stress = list(zip(_read_again(read, table, spaced), _read_whole(setup, table, spaced), strict=True))
     gallery = _read_again(read, table, choose_gallery(table.values, len(table.images), plan.options.gallery_images))
     vaes = _vaes(setup, table, sets, rows, _merged_health(setup, store, num_blocks), images_for_stress)
     return EvaluationResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         sdvae_version=__version__,
-        protocol=plan.protocol.to_json() | {"preprocessing_version": PREPROCESSING_VERSION},
+        protocol=plan.protocol.to_json(),
         dataset=_dataset(setup, table),
         metrics=rows,
         skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
@@ -176,7 +181,7 @@ def _vaes(
     sets: dict[str, dict[str, Any]],
     rows: Sequence[dict[str, Any]],
     health: dict[str, LatentHealth],
-    images_for_stress: Sequence[Prepared],
+    images_for_stress: Sequence[tuple[Prepared, Prepared]],
 ) -> list[dict[str, Any]]:
     plan = setup.plan
     bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
@@ -195,16 +200,31 @@ def _vaes(
                     step: seconds / table.megapixels for step, seconds in table.seconds[entrant.id].items()
                 },
                 "latents": health[entrant.id].health(subject.scaling_factor, subject.shift_factor),
-                "stress": run_stress(
-                    plan.options.stress,
-                    subject,
-                    [(each.key, each.pixels) for each in images_for_stress],
-                    setup.networks.metrics,
-                    plan.protocol.seed,
-                ),
+                "stress": _stress(setup, subject, images_for_stress),
             }
         )
     return found
+
+
+def _stress(setup: Setup, subject: Subject, images: Sequence[tuple[Prepared, Prepared]]) -> dict[str, Any]:
+    """The stress tests that were asked for. images: as measured, and at the size that they have on disk."""
+    measured = [(prepared.key, prepared.pixels) for prepared, _ in images]
+    whole = [(prepared.key, prepared.pixels) for _, prepared in images]
+    pieces = [(key, _centre(pixels, _MAX_SEAM_PX)) for key, pixels in whole]
+    metrics = {name: function for name, function in setup.networks.metrics.items() if name in CORE_METRICS}
+    found: dict[str, Any] = {}
+    notes: list[str] = []
+    for name in setup.plan.options.stress:
+        inputs = {"resolution": whole, "seams": pieces}.get(name, measured)
+        part = run_stress([name], subject, inputs, metrics, setup.plan.protocol.seed)
+        notes += part.pop("notes")
+        found |= part
+    return found | {"notes": notes} if found else {}
+
+
+def _centre(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def _comparisons(
@@ -263,6 +283,13 @@ def _read_again(read: Read, table: _Table, places: Sequence[int]) -> list[Prepar
     return [item for _, item in read([table.images[place]["index"] for place in places]) if isinstance(item, Prepared)]
 
 
+def _read_whole(setup: Setup, table: _Table, places: Sequence[int]) -> list[Prepared]:
+    """The same images, neither resized nor cropped."""
+    whole = replace(setup.plan.protocol, size_px=None, crop="none")
+    indices = [table.images[place]["index"] for place in places]
+    return [prepare(index, setup.plan.files[index], whole) for index in indices]
+
+
 def _spaced(count: int, wanted: int) -> list[int]:
     """At most so many places among `count`, evenly spaced."""
-    return [place * count // min(count, wanted) for place in range(min(count, wanted))]
+    return [place * count // wanted for place in range(wanted)] if wanted < count else list(range(count))

@@ -129,7 +129,7 @@ def _suggestion(name: str) -> str:
 
 def _check(gate: Gate, result: EvaluationResult) -> dict[str, Any]:
     if gate.scope == "failed":
-        return _judged(gate, [("", float(len(result.dataset["unreadable"])), "")], unit="images")
+        return _judged(gate, [("", float(len(result.dataset["unreadable"])), "")], unit="")
     vaes = [vae for vae in result.vaes if (vae["role"] == "candidate" if gate.vae is None else vae["id"] == gate.vae)]
     if not vaes:
         known = ", ".join(vae["id"] for vae in result.vaes)

@@ -22,15 +22,13 @@ from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.latents import LatentHealth
 from sdvae.evaluation.metrics import IMAGE_METRICS
-from sdvae.evaluation.protocol import Protocol
+from sdvae.evaluation.protocol import CORE_METRICS, Protocol
 from sdvae.evaluation.subject import Encoding, Subject, round_to_8_bits
 from sdvae.evaluation.swap import SwapTest
 from sdvae.model.device import batch_pixels
 from sdvae.model.posterior import image_generator
 
 __all__ = ["Measurement", "MetricFunction"]
-
-SWAP_METRICS = ("psnr", "ssim", "lpips_alex")  # of what one decoder makes of the other's latents
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -165,7 +163,7 @@ class _Work:
         pair = (encodings[id_], encodings[self.measurement.reference])
         if len(rows) < len(image):
             pair, image = (pair[0].of(rows), pair[1].of(rows)), image[rows]
-        metrics = {name: self.measurement.metrics[name] for name in SWAP_METRICS if name in self.measurement.metrics}
+        metrics = {name: self.measurement.metrics[name] for name in CORE_METRICS if name in self.measurement.metrics}
         large = {
             name: function for name, function in metrics.items() if min(image.shape[2:]) >= IMAGE_METRICS[name].min_px
         }

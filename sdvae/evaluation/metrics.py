@@ -85,8 +85,8 @@ def _difference(recon: Tensor, image: Tensor) -> Tensor:
 
 def _mean(levels: Tensor) -> Tensor:
     """Mean of integers over all but the batch: (B,), float64, on the CPU."""
-    total: Tensor = levels.flatten(1).sum(dim=1)  # torch sums int32 in int64
-    return total.cpu().double().div(levels[0].numel())
+    total = levels.flatten(1).sum(dim=1)  # torch sums int32 in int64
+    return total.cpu().double() / levels[0].numel()
 
 
 def _psnr(recon: Tensor, image: Tensor) -> Tensor:
@@ -121,7 +121,8 @@ def _sharp_energy(image: Tensor) -> Tensor:
         twice[-1] = 1
     weight = ((radius > _SHARP_FREQUENCY) * twice).to(image)
     energy = ((spectrum.real.square() + spectrum.imag.square()) * weight).sum(dim=(1, 2)).cpu().double()
-    return energy / (height * width * float(window.square().sum()))  # Parseval
+    mean_square: Tensor = energy / (height * width * float(window.square().sum()))  # Parseval
+    return mean_square
 
 
 class _OnNetwork:

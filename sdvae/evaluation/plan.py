@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sdvae.data.sources import ImageFile, find_images
 from sdvae.errors import ConfigError
+from sdvae.evaluation.blocks import ORIGINALS
 from sdvae.evaluation.gates import Gate, gate_needs, parse_gate
 from sdvae.evaluation.images import choose_images
 from sdvae.evaluation.options import EvaluateOptions
@@ -71,8 +72,11 @@ def plan_evaluation(
     options: EvaluateOptions,
 ) -> EvaluationPlan:
     """Raises: ConfigError for images, gates or an output folder that cannot be."""
+    entrants = tuple(_entrants(vaes or (None,), reference))
     gates = tuple(parse_gate(text) for text in options.gates)
     for gate in gates:
+        if gate.vae is not None and gate.vae not in (ids := [entrant.id for entrant in entrants]):
+            raise ConfigError(f"'{gate.expression}': '{gate.vae}' does not take part; there are {', '.join(ids)}")
         needed, needs_reference = gate_needs(gate)
         if lacking := [name for name in needed if name not in protocol.metrics]:
             raise ConfigError(f"'{gate.expression}' needs {lacking[0]}, which is not measured: add it to --metrics")
@@ -91,7 +95,7 @@ def plan_evaluation(
         source=str(images),
         num_found=len(found),
         files=tuple(files),
-        entrants=tuple(_entrants(vaes or (None,), reference)),
+        entrants=entrants,
         out=out,
         protocol=replace(protocol, metrics=metrics),
         skipped_metrics=tuple(skipped),
@@ -122,7 +126,7 @@ def _entrants(vaes: Sequence[str | Path | None], reference: str | Path | None) -
     for ref, role in refs:
         base, number = _short_name(ref), 2
         name = base
-        while any(entrant.id == name for entrant in entrants):
+        while name == ORIGINALS or any(entrant.id == name for entrant in entrants):
             name, number = f"{base}-{number}", number + 1
         entrants.append(Entrant(id=name, ref=ref, role=role))
     return entrants

@@ -14,7 +14,17 @@ from typing import Any, Literal
 
 from sdvae.errors import ConfigError
 
-__all__ = ["FID_MIN_IMAGES", "METRIC_NAMES", "NETWORK_METRICS", "PRESETS", "SET_METRICS", "Protocol", "metric_names"]
+__all__ = [
+    "CORE_METRICS",
+    "FID_MIN_IMAGES",
+    "METRIC_GROUPS",
+    "METRIC_NAMES",
+    "NETWORK_METRICS",
+    "PRESETS",
+    "SET_METRICS",
+    "Protocol",
+    "metric_names",
+]
 
 IMAGE_METRIC_NAMES = (
     *("psnr", "ssim", "ms_ssim", "ssim_uniform7", "lpips_alex", "lpips_vgg", "dists"),
@@ -23,6 +33,7 @@ IMAGE_METRIC_NAMES = (
 SET_METRICS = ("rfid", "kid")
 METRIC_NAMES = (*IMAGE_METRIC_NAMES, *SET_METRICS)
 NETWORK_METRICS = ("lpips_alex", "lpips_vgg", "dists", *SET_METRICS)  # need frozen weights, and packages of the extra
+CORE_METRICS = ("psnr", "ssim", "lpips_alex")  # of stress and swap tests, which measure the same images many times
 FID_MIN_IMAGES = 2  # a covariance needs two
 
 _PLAIN = tuple(name for name in METRIC_NAMES if name not in NETWORK_METRICS)
@@ -63,7 +74,10 @@ class Protocol:
 
     def to_json(self) -> dict[str, Any]:
         """With what is fixed for all, and the digest."""
+        from sdvae.data.images import PREPROCESSING_VERSION  # not above: it loads Pillow, and help has no time for it
+
         data = dataclasses.asdict(self) | {
+            "preprocessing_version": PREPROCESSING_VERSION,
             "metrics": list(self.metrics),
             "resample": "lanczos" if self.size_px else None,
             "rounding": "clamped and rounded to 8 bits",

@@ -30,6 +30,8 @@ Row = dict[str, Any]
 
 def render_report(result: EvaluationResult) -> str:
     """The whole page: styles, script, charts and the gallery's pictures inside, nothing else needed to show it."""
+    plain_values = result.to_json()  # not finite numbers are null, as after reading the file
+    result = EvaluationResult(**{name: value for name, value in plain_values.items() if name != "schema"})
     environment = _environment()
     source = partial(_source, environment)
     return environment.get_template("report.html.j2").render(
@@ -165,9 +167,7 @@ def _view(result: EvaluationResult) -> dict[str, Any]:
 def _styled(vaes: Sequence[Row]) -> list[Row]:
     """With the class that gives each its colour: the reference its own, the others in their order."""
     colours = iter(range(len(vaes)))
-    return [
-        vae | {"css": "vref" if vae["role"] == "reference" else f"v{next(colours) % NUM_COLOURS}"} for vae in vaes
-    ]
+    return [vae | {"css": "vref" if vae["role"] == "reference" else f"v{next(colours) % NUM_COLOURS}"} for vae in vaes]
 
 
 def _measured(result: EvaluationResult) -> list[Row]:
@@ -208,9 +208,7 @@ def _mean(vae: Row, metric: str) -> float | None:
 
 def _best(vaes: Iterable[Row], metric: Row) -> set[str]:
     """Ids with the best number; none where there is nothing to choose between, or all are equal."""
-    scores = {
-        vae["id"]: _goodness(metric, value) for vae in vaes if (value := _mean(vae, metric["name"])) is not None
-    }
+    scores = {vae["id"]: _goodness(metric, value) for vae in vaes if (value := _mean(vae, metric["name"])) is not None}
     if len(scores) < 2 or len(set(scores.values())) == 1:
         return set()
     top = max(scores.values())
@@ -360,7 +358,9 @@ def _differences(metric: Row, ours: Sequence[float | None], theirs: Sequence[flo
     return [a - b for a, b in pairs]
 
 
-def _slices(result: EvaluationResult, vaes: Sequence[Row], metrics: Sequence[Row], headline: Sequence[str]) -> list[Row]:
+def _slices(
+    result: EvaluationResult, vaes: Sequence[Row], metrics: Sequence[Row], headline: Sequence[str]
+) -> list[Row]:
     """Per metric a table of slices by VAEs; `heat` from 0 (the metric's worst cell) to 1 (its best)."""
     names = list(dict.fromkeys(name for vae in vaes for name in vae.get("slices", {})))
     tables = []
@@ -395,7 +395,9 @@ def _stress(vaes: Sequence[Row], result: EvaluationResult) -> Row:
     metrics = _metrics_by_name(result)
     cycles = {vae["id"]: vae["stress"]["cycles"] for vae in ran if vae["stress"].get("cycles")}
     sizes = {vae["id"]: vae["stress"]["resolution"] for vae in ran if vae["stress"].get("resolution")}
-    view: Row = {name: [(vae, vae["stress"][name]) for vae in ran if vae["stress"].get(name)] for name in _STRESS_TABLES}
+    view: Row = {
+        name: [(vae, vae["stress"][name]) for vae in ran if vae["stress"].get(name)] for name in _STRESS_TABLES
+    }
     view["cycles"] = [
         {
             "metric": metrics[name],
@@ -442,7 +444,7 @@ def _union(dictionaries: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _spectra(vaes: Sequence[Row]) -> list[charts.Series]:
     """Mean over channels as shares of the total, so that latents of different scale share an axis."""
-    rows = []
+    rows: list[charts.Series] = []
     for vae in vaes:
         spectrum = (vae.get("latents") or {}).get("power_spectrum") or {}
         means = _means(spectrum.get("power") or [])
@@ -492,7 +494,9 @@ def _swap(comparison: Row, result: EvaluationResult) -> Row:
     if drift:
         for name in ("mean", "std"):
             ours, theirs = (drift[name][each] for each in ids)
-            channels.append({"name": name, "rows": list(zip(ours, theirs, strict=True))})
+            rows = list(zip(ours, theirs, strict=True))
+            if any(value is not None for pair in rows for value in pair):
+                channels.append({"name": name, "rows": rows})
     metrics = _metrics_by_name(result)
     crossed = swap.get("cross_decode") or {}
     tables = []

@@ -31,6 +31,7 @@ from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.evaluation.setup import Setup, set_up
 from sdvae.evaluation.tables import csv_bytes, parquet_bytes
 from sdvae.files import remove_leftovers, write_atomic
+from sdvae.model.device import exact_float32
 
 __all__ = ["evaluate", "run_evaluation"]
 
@@ -79,12 +80,13 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
         remove_leftovers([plan.out])
         store.open(setup.inputs, overwrite=options.overwrite)
     processes.wait()
-    if finished is None:
-        _measure(setup, store, on_progress)
-    processes.wait()
-    if not processes.is_main:
-        return None
-    result = finished or conclude(setup, store, lambda indices: _read(setup, indices), started)
+    with exact_float32():  # metrics and features are compared with those of other machines
+        if finished is None:
+            _measure(setup, store, on_progress)
+        processes.wait()
+        if not processes.is_main:
+            return None
+        result = finished or conclude(setup, store, lambda indices: _read(setup, indices), started)
     result = replace(
         result,
         gates=check_gates(plan.gates, result),

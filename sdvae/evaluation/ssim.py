@@ -113,7 +113,7 @@ def _maps(recon: Tensor, image: Tensor, window: Tensor, correction: float) -> tu
     """SSIM and its contrast-structure term at each position: (B, 3, h, w) each.
 
     From the sum s of both images and their difference d: four planes to filter instead of five, and equal images give
-    exactly 1, for then all of d is zero. The sum is taken about its mean, so that E[s^2] - E[s]^2 loses less to rounding.
+    exactly 1, for then all of d is zero. From s its mean is taken, so that E[s^2] - E[s]^2 loses less to rounding.
     """
     s, d = recon + image, recon - image
     centre = s.mean(dim=(2, 3), keepdim=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from sdvae.evaluation.latents import PairMoments
 from sdvae.evaluation.metrics import IMAGE_METRICS
 from sdvae.evaluation.subject import Encoding, Subject, round_to_8_bits
+from sdvae.model.posterior import DiagonalGaussian
 
 __all__ = ["SwapTest", "swap_obstacle"]
 
@@ -115,10 +116,10 @@ class SwapTest:
         if candidate.posterior is None or reference.posterior is None:
             return {}
         ours, theirs = (
-            subject.latents_posterior(posterior)
+            subject.latents_posterior(DiagonalGaussian(posterior.moments.cpu().double()))
             for subject, posterior in zip(self._subjects, (candidate.posterior, reference.posterior), strict=True)
         )
-        kl = ours.kl(theirs).cpu().double()[finite]
+        kl = ours.kl(theirs)[finite]
         kl = kl[kl.isfinite()]
         return {"kl": np.asarray(float(kl.sum())), "num_kl": np.asarray(float(len(kl)))}
 

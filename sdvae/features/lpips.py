@@ -27,7 +27,7 @@ from sdvae.features.weights import find_weights, load_weights
 
 __all__ = ["LPIPS", "MIN_PX", "build_lpips", "find_lpips_weights"]
 
-_INSTALL = "pip install 'sdvae[train]'"
+_INSTALL = "pip install 'sdvae[train]' or 'sdvae[eval]'"
 _EPS = 1e-10  # lpips.normalize_tensor
 # Images of one pass with gradient, in px: 4 of 256 x 256. The features and masks of VGG are 86 MB for one such image,
 # and that much, times 4, is all the memory that a batch of any size takes.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from sdvae.errors import ConfigError
 
-__all__ = ["batch_pixels", "choose_device", "preferred_memory_format"]
+__all__ = ["batch_pixels", "choose_device", "exact_float32", "preferred_memory_format"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,6 +26,17 @@ def choose_device(name: str) -> torch.device:
             "use --device cpu, or auto to take what is there"
         )
     return torch.device(name)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within the context, convolutions in float32 on NVIDIA GPUs keep all 24 bits; torch's default is TF32 with 11."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def preferred_memory_format(device: torch.device) -> torch.memory_format:

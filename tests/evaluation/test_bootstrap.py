@@ -107,12 +107,23 @@ def test_missing_numbers_leave_out_their_row_in_that_column_only() -> None:
     assert (low[1], high[1]) == (pytest.approx(shorter[0][0]), pytest.approx(shorter[1][0]))
 
 
-def test_one_number_or_none_has_no_interval_and_equal_numbers_have_an_empty_one() -> None:
-    values = np.array([[0.1, np.nan, 7.0], [0.1, 3.0, np.nan], [0.1, np.nan, np.nan]])
-    low, high = mean_intervals(values, resamples=200)
-    assert low[0] == high[0] == 0.1  # exactly, although three times 0.1 rounds
-    assert np.isnan(low[1:]).all() and np.isnan(high[1:]).all()
+def test_one_number_or_none_has_no_interval() -> None:
+    values = np.array([[np.nan, 7.0], [3.0, np.nan], [np.nan, np.nan]])
+    assert np.isnan(mean_intervals(values, resamples=200)).all()
     assert np.isnan(mean_intervals(np.empty((0, 2)))).all()
+
+
+def test_equal_numbers_have_an_interval_without_width() -> None:
+    """Means of equal numbers round, at some of these lengths; the interval holds the number itself."""
+    for n in range(2, 30):
+        low, high = mean_intervals(np.full((n, 2), 0.1), resamples=50)
+        assert (low == 0.1).all() and (high == 0.1).all()
+
+
+def test_resampled_means_equal_to_the_mean_count_half() -> None:
+    """A quarter of them are here; counted whole, they would shift a symmetric interval."""
+    low, high = mean_intervals(np.array([[-1.0], [1.0]] * 5), resamples=9999)
+    assert low[0] == pytest.approx(-high[0], abs=0.01)
 
 
 def test_numbers_far_from_zero_lose_no_digits() -> None:

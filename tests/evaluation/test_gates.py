@@ -116,7 +116,7 @@ def test_the_reason_names_the_vae_the_value_and_the_limit(result: EvaluationResu
         "good: psnr is 25 dB, at or below 25 dB; poor: psnr is 24 dB, at or below 25 dB"
     )
     assert check("delta.lpips.high>1", result)["reason"] == "good: delta.lpips_alex.high is 0.8, not above 1"
-    assert check("failed>0", result)["reason"] == "failed is 1 images, above 0 images"
+    assert check("failed>0", result)["reason"] == "failed is 1, above 0"
     assert check("delta.psnr.won<0.9", result)["reason"].startswith("good: delta.psnr.won is 0.75, below 0.9;")
 
 

@@ -19,7 +19,6 @@
   const shots = all(".shot");
   const [show, compare, sort, order, filter] = ["#show", "#compare", "#sort", "#order", "#filter"].map((id) => one(id));
   const slice = one("#slice"); // absent without slices
-  const gain = one("#gain");
   let visible = shots;
 
   const goodness = (metric, value) =>
@@ -63,7 +62,7 @@
       shot.hidden = !named || Boolean(slice?.value && image.slice !== slice.value);
     }
     visible = rows.map((row) => row.shot).filter((shot) => !shot.hidden);
-    one("#matches").textContent = `${visible.length} of ${shots.length} images`;
+    one("#tally").textContent = `${visible.length} of ${shots.length} images`;
     one("#empty").hidden = visible.length > 0;
     const name = sort.value.split(":")[1];
     for (const row of all(".numbers tr[data-metric]", gallery)) row.classList.toggle("sorted", row.dataset.metric === name);
@@ -105,9 +104,10 @@
     }
     if (box.open) layOut();
   };
-  const setGain = () => {
-    one("#gain-value").textContent = `${gain.value}×`;
-    document.documentElement.style.setProperty("--gain", gain.value);
+  const setGain = (value) => {
+    for (const range of all(".gain-range")) range.value = value;
+    for (const output of all(".gain-value")) output.textContent = `${value}×`;
+    document.documentElement.style.setProperty("--gain", value);
   };
 
   const wipe = (stage, range, percent) => {
@@ -116,7 +116,7 @@
     range.value = place;
   };
   const wipeTo = (stage, range, clientX) => {
-    const edges = stage.getBoundingClientRect();
+    const edges = one(".pictures", stage).getBoundingClientRect();
     wipe(stage, range, (100 * (clientX - edges.left)) / edges.width);
   };
 
@@ -225,7 +225,7 @@
     one(".stage", current).focus(); // the image that was looked at last
   });
   box.addEventListener("keydown", (event) => {
-    const onRange = event.target === bigRange;
+    const onRange = event.target.type === "range";
     const onButton = event.target instanceof HTMLButtonElement;
     if (event.key === "ArrowLeft" && !onRange) step(-1);
     else if (event.key === "ArrowRight" && !onRange) step(1);
@@ -270,12 +270,12 @@
   }
   show.addEventListener("change", () => { choose(); arrange(); });
   compare.addEventListener("change", choose);
-  gain.addEventListener("input", setGain);
+  for (const range of all(".gain-range")) range.addEventListener("input", () => setGain(range.value));
   for (const control of [sort, order, slice]) control?.addEventListener("change", arrange);
   filter.addEventListener("input", arrange);
   one("#tools").addEventListener("submit", (event) => event.preventDefault());
   one("#tools").hidden = false;
-  setGain();
+  setGain(4);
   setMode("slider");
   choose();
   arrange();

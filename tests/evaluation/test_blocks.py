@@ -1,0 +1,60 @@
+"""Blocks survive being written and read, and a folder belongs to one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdvae.errors import ConfigError
+from sdvae.evaluation.blocks import Block, BlockStore
+
+RUN = {"protocol": "sha256:1", "images": "sha256:2"}
+
+
+def block() -> Block:
+    return Block(
+        images=[{"index": 3, "key": 'a/\udcff".png', "digest": "d", "width": 5, "height": 7}],
+        unreadable=[{"key": "b.png", "reason": "cut off"}],
+        values={"mine": {"psnr": [24.123456789012345], "ms_ssim": [None]}},
+        pixels=35,
+        seconds={"mine": {"encode": 0.5, "decode": 0.25}},
+        nonfinite={"mine": 0},
+        features={"originals": {"rows": np.float32([[1, 2]])}},
+        latents={"mine": {"mean": np.arange(4.0), "num_images": np.asarray(2.0)}},
+        swaps={"mine": {"sum/psnr": np.eye(2)}},
+    )
+
+
+def test_a_block_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path)
+    store.open(RUN, overwrite=False)
+    store.save(4, block())
+    found, expected = store.load(4), block()
+    for name in ("images", "unreadable", "values", "pixels", "seconds", "nonfinite"):
+        assert getattr(found, name) == getattr(expected, name)
+    for name in ("features", "latents", "swaps"):
+        for owner, arrays in getattr(expected, name).items():
+            for key, array in arrays.items():
+                other = getattr(found, name)[owner][key]
+                assert other.dtype == array.dtype and np.array_equal(other, array)
+
+
+def test_the_same_run_finds_its_blocks_again(tmp_path: Path) -> None:
+    BlockStore(tmp_path).open(RUN, overwrite=False)
+    BlockStore(tmp_path).save(0, block())
+    again = BlockStore(tmp_path)
+    again.open(RUN, overwrite=False)
+    assert again.has(0) and not again.has(1)
+
+
+def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path)
+    store.open(RUN, overwrite=False)
+    store.save(0, block())
+    with pytest.raises(ConfigError, match=r"differs in protocol: .*--overwrite"):
+        BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=False)
+    assert store.has(0), "a refusal throws nothing away"
+    BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=True)
+    assert not store.has(0)
