@@ -29,7 +29,7 @@ from sdvae.evaluation.runner import evaluate
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 
-PLAIN = replace(PRESETS["native"], metrics=("psnr", "ssim", "l1", "bias_r", "sharpness"), resamples=199)
+PLAIN = replace(PRESETS["native"], metrics=("psnr", "ssim", "l1", "bias_r"), resamples=199)
 SIZES = {
     "a/one.png": (40, 40),
     "a/two.png": (67, 51),
@@ -74,7 +74,7 @@ def numbers(result: EvaluationResult) -> dict[str, Any]:
 
 def test_psnr_is_that_of_the_reconstructed_files(photos: Path, tmp_path: Path, mine: Path) -> None:
     result = run(photos, tmp_path / "out", mine)
-    encode_folder(photos, tmp_path / "latents", vae=mine)
+    encode_folder(photos, tmp_path / "latents", vae=mine, latent_dtype="float32")
     decode_folder(tmp_path / "latents", tmp_path / "decoded", vae=mine)
     expected = [
         psnr(read_image(photos / key).pixels, read_image(tmp_path / "decoded" / key).pixels)
@@ -91,7 +91,7 @@ def test_the_files_hold_what_the_result_says(photos: Path, tmp_path: Path, mine:
     assert {path.name for path in out.iterdir()} >= {"result.json", "report.html", "per_image.csv"}
     assert not (out / ".evaluation").exists()
     assert load_result(out / "result.json").to_json() == json.loads(json.dumps(result.to_json()))
-    rows = list(csv.DictReader((out / "per_image.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((out / "per_image.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["vae"], row["key"]) for row in rows] == [
         (id_, key) for id_ in ("mine", "other") for key in sorted(SIZES)
     ]
