@@ -36,7 +36,7 @@ class Prepared:
 
     @property
     def num_px(self) -> int:
-        return self.pixels.shape[0] * self.pixels.shape[1]
+        return int(self.pixels.shape[0] * self.pixels.shape[1])
 
 
 def choose_images(files: Sequence[ImageFile], max_images: int | None) -> list[ImageFile]:

@@ -49,5 +49,5 @@ def _columns(result: EvaluationResult) -> dict[str, Sequence[Any]]:
         name: [value for _ in table["values"] for value in table[source]] for name, source in repeated.items()
     }
     columns["vae"] = [id_ for id_ in table["values"] for _ in table["keys"]]
-    names = next(iter(table["values"].values()), {})
+    names = list(next(iter(table["values"].values()), ()))
     return columns | {name: [value for each in table["values"].values() for value in each[name]] for name in names}
