@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from sdvae.data.pipeline import read_ahead
@@ -147,14 +148,16 @@ def _measure(setup: Setup, store: BlockStore, on_progress: OnProgress | None) ->
                 else:
                     file = plan.files[index]
                     unreadable.append((file.key, str(item).removeprefix(f"{file.path}: ")))
-            store.save(
-                number, measurement.block(prepared, unreadable, lambda count, done=done: tell(done + count, total))
-            )
+
+            def tell_more(count: int, before: int = done) -> None:
+                tell(before + count, total)
+
+            store.save(number, measurement.block(prepared, unreadable, tell_more))
             done += len(prepared) + len(unreadable)
             tell(done, total)
 
 
-def _read(setup: Setup, indices: Sequence[int]) -> Iterator[tuple[int, Prepared | Exception]]:
+def _read(setup: Setup, indices: Sequence[int]) -> Generator[tuple[int, Prepared | Exception], None, None]:
     """Images by their index among the plan's files, read ahead in threads; an ImageError in the place of an image."""
     plan = setup.plan
 
@@ -162,7 +165,7 @@ def _read(setup: Setup, indices: Sequence[int]) -> Iterator[tuple[int, Prepared 
         return prepare(index, plan.files[index], plan.protocol)
 
     workers = plan.options.workers or min(8, os.cpu_count() or 1)
-    with closing(read_ahead(indices, read, lambda prepared: prepared.num_px, workers)) as reading:
+    with closing(read_ahead(indices, read, attrgetter("num_px"), workers)) as reading:
         for index, item in reading:
             if isinstance(item, Exception) and not isinstance(item, SdvaeError):
                 raise item
