@@ -99,9 +99,9 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
 
 
 def _finished(setup: Setup) -> EvaluationResult | None:
-    """The result that is there already, if it is of the same inputs."""
+    """The result that is there already, if it is of the same inputs and not to be replaced."""
     path = setup.plan.out / RESULT_NAME
-    if not path.exists():
+    if setup.plan.options.overwrite or not path.exists():
         return None
     try:
         result = load_result(path)
@@ -109,12 +109,10 @@ def _finished(setup: Setup) -> EvaluationResult | None:
         result = None
     if result is not None and result.environment.get("inputs") == setup.inputs:
         return result
-    if not setup.plan.options.overwrite:
-        raise OutputExistsError(
-            f"{path} is of another evaluation (other images, VAEs or settings): choose another --out, or replace it "
-            "with --overwrite"
-        )
-    return None
+    raise OutputExistsError(
+        f"{path} is of another evaluation (other images, VAEs or settings): choose another --out, or replace it "
+        "with --overwrite"
+    )
 
 
 def _measure(setup: Setup, store: BlockStore, on_progress: OnProgress | None) -> None:

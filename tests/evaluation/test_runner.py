@@ -208,6 +208,14 @@ def test_another_evaluation_is_not_overwritten_unasked(photos: Path, tmp_path: P
     assert run(photos, tmp_path / "out", mine, protocol=fewer, overwrite=True).dataset["num_images"] == 2
 
 
+def test_overwrite_measures_again(photos: Path, tmp_path: Path, mine: Path) -> None:
+    run(photos, tmp_path / "out", mine)
+    path = tmp_path / "out" / "result.json"
+    path.write_text(path.read_text().replace('"psnr": {"mean": ', '"psnr": {"mean": 1'))  # a sign to know it by
+    forged = run(photos, tmp_path / "out", mine).vaes[0]["summary"]["psnr"]["mean"]
+    assert run(photos, tmp_path / "out", mine, overwrite=True).vaes[0]["summary"]["psnr"]["mean"] != forged
+
+
 def test_a_changed_image_is_measured_again(photos: Path, tmp_path: Path, mine: Path) -> None:
     run(photos, tmp_path / "out", mine)
     Image.new("RGB", (40, 40), "red").save(photos / "five.png")
