@@ -53,7 +53,7 @@ def bins(values: Sequence[float]) -> list[float]:
     return [low + (high - low) * index / count for index in range(count + 1)]
 
 
-def ridges(rows: Sequence[tuple[str, Sequence[float]]], decimals: int, label: str) -> Markup:
+def ridges(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> Markup:
     """Histograms of several VAEs, one above the other on one axis; a tick marks each mean. rows: class, values."""
     edges = bins([value for _, values in rows for value in values])
     place = _scale((edges[0], edges[-1]), (8, 332))
@@ -73,10 +73,10 @@ def ridges(rows: Sequence[tuple[str, Sequence[float]]], decimals: int, label: st
             name, path, _line("rule", 8, base, 332, base), _line("mean", mean, base - height + 8, mean, base)
         )
     base = len(rows) * height
-    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (edges[0], edges[-1]), base, decimals))
+    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (edges[0], edges[-1]), base))
 
 
-def difference_histogram(differences: Sequence[float], sign: float, decimals: int, label: str) -> Markup:
+def difference_histogram(differences: Sequence[float], sign: float, label: str) -> Markup:
     """Histogram of paired differences; bars on the better side of 0 are marked so. sign: as `delta_strip`."""
     extent = max((abs(value) for value in differences), default=0) or 1
     half = max(4, min(MAX_BINS, round(2.5 * math.sqrt(len(differences)))) // 2)
@@ -98,7 +98,7 @@ def difference_histogram(differences: Sequence[float], sign: float, decimals: in
             )
     mean = place(sum(differences) / len(differences))
     marks += _line("rule", 8, base, 332, base) + _line("zero", 170, 0, 170, base) + _line("mean", mean, 2, mean, base)
-    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (-extent, extent), base, decimals, signed=True))
+    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (-extent, extent), base, signed=True))
 
 
 def lines(
@@ -109,7 +109,6 @@ def lines(
     x_ticks: Sequence[float],
     x_log: bool = False,
     y_log: bool = False,
-    y_decimals: int | None = None,
     points: bool = True,
 ) -> Markup:
     """Lines over one x axis. Values that do not exist leave a gap; on a logarithmic axis so do those not above 0."""
@@ -127,9 +126,9 @@ def lines(
     x_ends = (turn(min(x_ticks)), turn(max(x_ticks)))
     x_place = _scale(x_ends if x_ends[0] < x_ends[1] else (x_ends[0] - 1, x_ends[1] + 1), (48, 328))
     marks = Markup()
-    for tick in _log_ticks(low, high) if y_log else nice_ticks(low - pad, high + pad, 4):
+    ticks = _log_ticks(low, high) if y_log else nice_ticks(low - pad, high + pad, 4)
+    for tick, text in zip(ticks, _powers(ticks) if y_log else _labels(ticks), strict=True):
         y = y_place(tick)
-        text = _power_of_ten(tick) if y_log else _tick(tick, y_decimals, low - pad, high + pad)
         marks += _line("grid", 44, y, 332, y) + _text("end", 40, y + 3.5, text)
     for tick in x_ticks:
         marks += _text("middle", x_place(turn(tick)), 184, f"{tick:g}")
@@ -209,7 +208,7 @@ def dumbbells(rows: Sequence[tuple[float | None, float | None]], classes: tuple[
                 continue
             marks += Markup('<g class="{}">{}</g>').format(name, _dot("dot", place(value), y, 4.5, _significant(value)))
     base = len(rows) * height + 6
-    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (low - pad, high + pad), base, None))
+    return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (low - pad, high + pad), base))
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
@@ -231,9 +230,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(power) for power in whole[::every]] or [low, high]
 
 
-def _power_of_ten(power: float) -> str:
-    value = 10.0**power
-    return f"{value:g}" if power == round(power) and -4 < power < 5 else f"{value:.1e}"
+def _powers(exponents: Sequence[float]) -> list[str]:
+    return [f"{10.0**each:g}" if each == round(each) and -4 < each < 5 else f"{10.0**each:.1e}" for each in exponents]
+
+
+def _labels(ticks: Sequence[float]) -> list[str]:
+    """With as many decimals as tell neighbours apart exactly, whatever the metric has elsewhere."""
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) if ticks else 0.0
+    decimals = next((n for n in range(8) if abs(round(step, n) - step) < 1e-6 * step), 8)
+    return [_minus(f"{tick:.{decimals}f}") for tick in ticks]
 
 
 def _histogram(values: Sequence[float], edges: Sequence[float]) -> list[int]:
@@ -250,24 +255,13 @@ def _scale(domain: tuple[float, float], target: tuple[float, float]) -> Callable
     return lambda value: start + (end - start) * (value - low) / span
 
 
-def _x_axis(
-    place: Callable[[float], float], ends: tuple[float, float], y: float, decimals: int | None, signed: bool = False
-) -> Markup:
+def _x_axis(place: Callable[[float], float], ends: tuple[float, float], y: float, *, signed: bool = False) -> Markup:
     marks = Markup()
-    for tick in nice_ticks(*ends, 5):
-        text = _tick(tick, decimals, *ends)
+    ticks = nice_ticks(*ends, 5)
+    for tick, text in zip(ticks, _labels(ticks), strict=True):
         plus = "+" if signed and tick > 0 else ""
         marks += _line("rule", place(tick), y, place(tick), y + 3) + _text("middle", place(tick), y + 15, plus + text)
     return marks
-
-
-def _tick(value: float, decimals: int | None, low: float, high: float) -> str:
-    """As many decimals as the step between ticks needs, whatever the numbers elsewhere have."""
-    step = _step(low, high, 5)
-    needed = max(0, -math.floor(math.log10(step) + 1e-9) + (1 if f"{step:e}".startswith("2.5") else 0))
-    if decimals is not None and needed <= 1:
-        needed = min(needed, decimals)
-    return _minus(f"{value + 0.0:.{needed}f}")
 
 
 def _signed(value: float, decimals: int) -> str:

@@ -427,7 +427,7 @@ def test_a_histogram_counts_every_value_once() -> None:
 
 @pytest.mark.parametrize(("sign", "good"), [(1.0, 3), (-1.0, 1)])
 def test_a_paired_difference_is_green_on_the_better_side_of_zero(sign: float, good: int) -> None:
-    svg = charts.difference_histogram([-1.0, 0.25, 0.5, 1.0], sign, 2, "differences")
+    svg = charts.difference_histogram([-1.0, 0.25, 0.5, 1.0], sign, "differences")
     counts = {
         name: sum(int(n) for n in re.findall(rf'<rect class="{name}"[^>]*><title>(\d+) images', svg))
         for name in ("good", "bad")
@@ -445,6 +445,14 @@ def test_the_better_side_of_a_difference_is_the_right_one(sign: float) -> None:
 def test_the_axis_has_round_ticks_inside_its_ends() -> None:
     assert charts.nice_ticks(0.13, 0.94, 4) == pytest.approx([0.25, 0.5, 0.75])
     assert charts.nice_ticks(-3.2, 12.0, 5) == pytest.approx([0, 5, 10])
+
+
+@pytest.mark.parametrize(
+    ("ticks", "labels"),
+    [([20.0, 25.0], ["20", "25"]), ([0.7, 0.725, 0.75], ["0.700", "0.725", "0.750"]), ([-0.1, 0.0], ["−0.1", "0.0"])],
+)
+def test_the_labels_of_an_axis_are_exact_and_short(ticks: list[float], labels: list[str]) -> None:
+    assert charts._labels(ticks) == labels
 
 
 def test_a_line_leaves_out_what_was_not_measured() -> None:
