@@ -33,6 +33,7 @@ from sdvae.evaluation.swap import swap_obstacle
 
 __all__ = ["conclude"]
 
+_FEW_FOR_RFID = 2048  # fewer images than features leave their covariance singular
 _MAX_SEAM_PX = 1024  # of larger images the centre is taken: the pass without tiles has to fit into memory
 
 Read = Callable[[Sequence[int]], Iterator[tuple[int, Prepared | Exception]]]
@@ -72,7 +73,7 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
         skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
         vaes=vaes,
         comparisons=_comparisons(setup, table, sets, rows, store, num_blocks),
-        warnings=table.warnings(),
+        warnings=table.warnings("rfid" in next(iter(sets.values()))),
         per_image={
             "keys": [image["key"] for image in table.images],
             "widths": [image["width"] for image in table.images],
@@ -130,7 +131,7 @@ class _Table:
     def slices(self) -> list[str]:
         return [slice_of(image["key"]) for image in self.images]
 
-    def warnings(self) -> list[str]:
+    def warnings(self, has_rfid: bool) -> list[str]:
         """What a reader of the numbers must know."""
         count = len(self.images)
         found = [
@@ -144,6 +145,8 @@ class _Table:
                 small = sum(min(image["width"], image["height"]) < metric.min_px for image in self.images)
                 reason = f"{small} are smaller than its {metric.min_px} px" if small else "they lack what it measures"
                 found.append(f"{metric.title} leaves out {lacking} of {count} images: {reason}")
+        if has_rfid and count < _FEW_FOR_RFID:
+            found.append(f"rFID over {count} images is far above that over thousands; compare it on these images alone")
         return found
 
 
