@@ -196,11 +196,13 @@ def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Pro
 def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
     from sdvae.errors import SdvaeError
     from sdvae.evaluation.metrics import find_metric_weights
+    from sdvae.evaluation.protocol import SET_METRICS
+    from sdvae.features.inception import find_inception_weights
 
-    weights = {}
+    weights, given = {}, plan.options.weights_path
     for name in plan.protocol.metrics:
         try:
-            path = find_metric_weights(name, plan.options.weights_path)
+            path = find_inception_weights(given) if name in SET_METRICS else find_metric_weights(name, given)
         except SdvaeError as error:
             weights[name] = f"not at hand: {str(error).splitlines()[0]}"
         else:

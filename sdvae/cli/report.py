@@ -36,7 +36,7 @@ def report_command(results: tuple[str, ...], out: Path | None, overwrite: bool) 
     paths = [Path(name) / "result.json" if Path(name).is_dir() else Path(name) for name in results]
     loaded = [load_result(path) for path in paths]
     target = out or paths[0].with_name("report.html")
-    if out is not None and target.exists() and not overwrite:
+    if (out is not None or len(paths) > 1) and target.exists() and not overwrite:
         raise OutputExistsError(f"{target} is there already: choose another --out, or replace it with --overwrite")
     result = loaded[0] if len(loaded) == 1 else merge_results(loaded)
     for warning in result.warnings:

@@ -6,6 +6,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -61,8 +62,10 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
     elif setup.networks.set_metrics:
         sets = _measure_sets(setup, store, num_blocks)
     spaced = _spaced(len(table.images), plan.options.stress_images if plan.options.stress else 0)
-    images_for_stress = list(zip(_read_again(read, table, spaced), _read_whole(setup, table, spaced), strict=True))
-    gallery = _read_again(read, table, choose_gallery(table.values, len(table.images), plan.options.gallery_images))
+    images_for_stress = _read_whole(setup, _read_again(read, table, spaced))
+    chosen = choose_gallery(table.values, len(table.images), plan.options.gallery_images)
+    gallery = _read_again(read, table, chosen)
+    lost = len(spaced) - len(images_for_stress), len(chosen) - len(gallery)
     vaes = _vaes(setup, table, sets, rows, _merged_health(setup, store, num_blocks), images_for_stress)
     return EvaluationResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,7 +76,7 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
         skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
         vaes=vaes,
         comparisons=_comparisons(setup, table, sets, rows, store, num_blocks),
-        warnings=table.warnings("rfid" in next(iter(sets.values()))),
+        warnings=[*table.warnings("rfid" in next(iter(sets.values()))), *_lost_warnings(*lost)],
         per_image={
             "keys": [image["key"] for image in table.images],
             "widths": [image["width"] for image in table.images],
@@ -282,15 +285,30 @@ def _dataset(setup: Setup, table: _Table) -> dict[str, Any]:
 
 
 def _read_again(read: Read, table: _Table, places: Sequence[int]) -> list[Prepared]:
-    """Some of the measured images."""
-    return [item for _, item in read([table.images[place]["index"] for place in places]) if isinstance(item, Prepared)]
+    """Some of the measured images, without those that have gone or changed since."""
+    digests = {table.images[place]["index"]: table.images[place]["digest"] for place in places}
+    items = [item for _, item in read(list(digests))]
+    return [item for item in items if isinstance(item, Prepared) and item.digest == digests[item.index]]
 
 
-def _read_whole(setup: Setup, table: _Table, places: Sequence[int]) -> list[Prepared]:
-    """The same images, neither resized nor cropped."""
+def _read_whole(setup: Setup, images: Sequence[Prepared]) -> list[tuple[Prepared, Prepared]]:
+    """Each with the same image neither resized nor cropped, without those that have just gone."""
     whole = replace(setup.plan.protocol, size_px=None, crop="none")
-    indices = [table.images[place]["index"] for place in places]
-    return [prepare(index, setup.plan.files[index], whole) for index in indices]
+    pairs = []
+    for image in images:
+        with suppress(ImageError):
+            pairs.append((image, prepare(image.index, setup.plan.files[image.index], whole)))
+    return pairs
+
+
+def _lost_warnings(from_stress: int, from_gallery: int) -> list[str]:
+    """What a reader must know of images that went after they were measured."""
+    counts = {"stress tests": from_stress, "pictures": from_gallery}
+    return [
+        f"the {name} leave out {count} images, which have gone or changed since they were measured"
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def _spaced(count: int, wanted: int) -> list[int]:

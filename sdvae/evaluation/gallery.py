@@ -33,9 +33,7 @@ def choose_gallery(
     if num_images <= num_wanted:
         return list(range(num_images))
     chosen = {index * num_images // (num_wanted // 2 or 1) for index in range(num_wanted // 2)}
-    rankings = [
-        _worst_first(column, name) for metrics in values.values() for name, column in metrics.items() if any(column)
-    ]
+    rankings = [_worst_first(column, name) for metrics in values.values() for name, column in metrics.items()]
     for rank in range(num_images):
         for ranking in rankings:
             if len(chosen) >= num_wanted:

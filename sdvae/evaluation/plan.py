@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,10 +84,20 @@ def plan_evaluation(
         if needs_reference and reference is None:
             raise ConfigError(f"'{gate.expression}' compares with a reference: name one with --reference")
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; expected a folder for the report")
+    place = next(place for place in (out, *out.parents) if place.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{place} is a file; expected a folder for the report")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"{place}: no permission to write here; choose another --out")
     if options.fid_statistics is not None and not options.fid_statistics.is_file():
         raise ConfigError(f"{options.fid_statistics}: no such file; expected .npz with the statistics of originals")
+    if options.save_fid_statistics is not None:
+        if not set(protocol.metrics) & set(SET_METRICS):
+            raise ConfigError(
+                "the originals' statistics come with rfid: add it to --metrics, or leave --save-fid-stats"
+            )
+        if options.save_fid_statistics.is_dir():
+            raise ConfigError(f"{options.save_fid_statistics} is a folder; expected a file name for the statistics")
     found = find_images(images)
     files = choose_images(found, protocol.max_images)
     skipped = _impossible(protocol, len(files), options)

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
@@ -76,12 +76,15 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
     store = BlockStore(plan.out / ".evaluation")
     started = time.perf_counter()
     finished = _finished(setup)
-    if processes.is_main and finished is None:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers([plan.out])
-        store.open(setup.inputs, overwrite=options.overwrite)
-    processes.wait()
-    with exact_float32():  # metrics and features are compared with those of other machines
+    with ExitStack() as stack:
+        stack.enter_context(exact_float32())  # metrics and features are compared with those of other machines
+        for subject in setup.subjects.values():
+            stack.enter_context(subject.tiled(plan.protocol.tiling))
+        if processes.is_main and finished is None:
+            plan.out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers([plan.out])
+            store.open(setup.inputs, overwrite=options.overwrite)
+        processes.wait()
         if finished is None:
             _measure(setup, store, on_progress)
         processes.wait()
@@ -100,14 +103,24 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
 
 def _finished(setup: Setup) -> EvaluationResult | None:
     """The result that is there already, if it is of the same inputs and not to be replaced."""
-    path = setup.plan.out / RESULT_NAME
-    if setup.plan.options.overwrite or not path.exists():
+    path, statistics = setup.plan.out / RESULT_NAME, setup.plan.options.save_fid_statistics
+    if setup.plan.options.overwrite:
+        return None
+    if not path.exists():
+        if statistics is not None and statistics.exists():
+            raise OutputExistsError(
+                f"{statistics} is there already: choose another name, or replace it with --overwrite"
+            )
         return None
     try:
         result = load_result(path)
     except ConfigError:
         result = None
     if result is not None and result.environment.get("inputs") == setup.inputs:
+        if statistics is not None and not statistics.exists():
+            raise OutputExistsError(
+                f"{path} is finished, and the features for {statistics} are gone: measure again with --overwrite"
+            )
         return result
     raise OutputExistsError(
         f"{path} is of another evaluation (other images, VAEs or settings): choose another --out, or replace it "
@@ -171,9 +184,9 @@ def _read(setup: Setup, indices: Sequence[int]) -> Generator[tuple[int, Prepared
 
 
 def _write(plan: EvaluationPlan, result: EvaluationResult) -> None:
+    # first: it is what costs hours, and the same command makes the others of it
+    write_atomic((json.dumps(result.to_json(), allow_nan=False) + "\n").encode(), plan.out / RESULT_NAME)
     write_atomic(csv_bytes(result), plan.out / f"{TABLE_STEM}.csv")
     if (parquet := parquet_bytes(result)) is not None:
         write_atomic(parquet, plan.out / f"{TABLE_STEM}.parquet")
     write_atomic(render_report(result).encode("utf-8", "surrogateescape"), plan.out / REPORT_NAME)
-    # last: where it is there, so are the others
-    write_atomic((json.dumps(result.to_json(), allow_nan=False) + "\n").encode(), plan.out / RESULT_NAME)

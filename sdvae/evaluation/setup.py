@@ -83,6 +83,7 @@ def set_up(plan: EvaluationPlan) -> Setup:
             "vaes": {entrant.id: [entrant.role, subjects[entrant.id].digest] for entrant in plan.entrants},
             "stress": [*options.stress, options.stress_images],
             "swap": options.swap_images,
+            "originals": statistics is None or options.save_fid_statistics is not None,  # whether blocks hold theirs
             "gallery": options.gallery_images,
         },
     )

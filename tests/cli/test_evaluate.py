@@ -111,10 +111,20 @@ def test_wrong_usage_gives_2_and_writes_nothing(
 def test_a_dry_run_shows_the_protocol_and_writes_nothing(sdvae: Sdvae, photos: Path) -> None:
     text = sdvae("evaluate", photos, "--preset", "coco256", "--out", "out", "--weights", "nowhere", "--dry-run")
     assert text.exit_code == 0, text.output
-    assert "size_px: 256" in text.stdout and "weights for rfid: not at hand" in text.stdout
+    assert "size_px: 256" in text.stdout and "weights for rfid: not at hand: no weights of inception" in text.stdout
     data = json.loads(sdvae("evaluate", photos, "--out", "out", "--metrics", "plain", "--dry-run", "--json").stdout)
     assert data["num_images"] == 3 and data["protocol"]["digest"].startswith("sha256:")
     assert not Path("out").exists()
+
+
+def test_a_dry_run_says_where_weights_are(sdvae: Sdvae, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights" / "fid_inception_2015-12-05.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"looked for, not opened")
+    arguments = ("--metrics", "psnr,rfid", "--weights", path.parent, "--dry-run")
+    assert f"weights for rfid: {path}" in sdvae("evaluate", photos, "--out", "out", *arguments).stdout
+    data = json.loads(sdvae("evaluate", photos, "--out", "out", *arguments, "--json").stdout)
+    assert data["weights"] == {"rfid": str(path)}
 
 
 def test_an_option_that_differs_from_the_preset_is_visible(sdvae: Sdvae, photos: Path) -> None:
@@ -149,6 +159,16 @@ def test_results_of_different_protocols_are_shown_together_with_a_warning(
     assert "mine" in page and "theirs" in page and "size_px" in page
     again = sdvae("report", "one", "two", "--out", "both.html")
     assert again.exit_code == 2 and "--overwrite" in again.stderr
+    assert sdvae("report", "one", "two", "--out", "both.html", "--overwrite").exit_code == 0
+
+
+def test_a_page_of_several_results_does_not_take_the_place_of_one(sdvae: Sdvae, photos: Path, mine: Path) -> None:
+    for out in ("one", "two"):
+        sdvae("evaluate", photos, "--vae", mine, "--out", out, *PLAIN)
+    before = Path("one/report.html").read_bytes()
+    refused = sdvae("report", "one", "two")
+    assert refused.exit_code == 2 and "--overwrite" in refused.stderr
+    assert Path("one/report.html").read_bytes() == before
 
 
 def test_a_file_that_is_no_result_is_refused(sdvae: Sdvae, tmp_path: Path) -> None:

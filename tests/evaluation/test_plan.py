@@ -95,3 +95,11 @@ def test_stress_tests_are_named() -> None:
     assert len(stress_names("all")) == 5
     with pytest.raises(ConfigError, match="'speed' is no stress test; expected all, none or of cycles"):
         stress_names("speed")
+
+
+def test_a_place_for_statistics_that_cannot_be_is_refused(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="come with rfid"):
+        plan(metrics=("psnr",), save_fid_statistics=tmp_path / "stats.npz")
+    with pytest.raises(ConfigError, match="is a folder"):
+        plan(metrics=("rfid",), save_fid_statistics=tmp_path)
+    assert plan(metrics=("rfid",), save_fid_statistics=tmp_path / "new" / "stats.npz").protocol.metrics == ("rfid",)

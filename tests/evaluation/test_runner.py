@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
 import shutil
@@ -15,17 +17,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
+from sdvae.data.sources import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
-from sdvae.evaluation import blocks, images, runner
-from sdvae.evaluation.metrics import psnr
+from sdvae.evaluation import blocks, conclude, images, runner
+from sdvae.evaluation.fid import load_statistics
+from sdvae.evaluation.metrics import IMAGE_METRICS, psnr
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.evaluation.runner import evaluate
+from sdvae.evaluation.stress import run_stress
+from sdvae.evaluation.subject import open_subject
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 
@@ -150,23 +157,29 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "BLOCK_IMAGES", 2)
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
-    small_blocks: None, photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(photos, tmp_path / "whole", mine, reference=mine)
+def interrupt_after(num_blocks: int, monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any]) -> list[int]:
+    """Interrupt a run when it wants to save the block after so many. Returns: the numbers of the saved ones."""
     save, saved = blocks.BlockStore.save, []
 
-    def stop_after_two(store: blocks.BlockStore, number: int, block: blocks.Block) -> None:
-        if len(saved) == 2:
+    def stop(store: blocks.BlockStore, number: int, block: blocks.Block) -> None:
+        if len(saved) == num_blocks:
             raise KeyboardInterrupt
         save(store, number, block)
         saved.append(number)
 
-    out = tmp_path / "out"
     with monkeypatch.context() as context:
-        context.setattr(blocks.BlockStore, "save", stop_after_two)
+        context.setattr(blocks.BlockStore, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(photos, out, mine, reference=mine)
+            start()
+    return saved
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
+    small_blocks: None, photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(photos, tmp_path / "whole", mine, reference=mine)
+    out = tmp_path / "out"
+    saved = interrupt_after(2, monkeypatch, lambda: run(photos, out, mine, reference=mine))
     assert saved == [0, 1] and not (out / "result.json").exists()
 
     told: list[tuple[int, int]] = []
@@ -290,6 +303,260 @@ def test_reconstructions_that_are_not_finite_are_counted(
     broken = make_vae("broken", damage=lambda vae: vae.decoder.conv_out.weight.fill_(3e38))
     result = run(photos, tmp_path / "out", broken)
     assert result.warnings[0].startswith("broken: 5 of 5 reconstructions hold values that are not finite")
+
+
+def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
+    tmp_path: Path, mine: Path, make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conclude, "_MAX_SEAM_PX", 96)
+    sizes = {"a.png": (140, 132), "b.png": (60, 50), "c.png": (150, 200), "d.png": (80, 80)}
+    folder = make_images(tmp_path / "photos", sizes)
+    protocol = replace(PLAIN, size_px=32, crop="center", seed=5)
+    tests: dict[str, Any] = {"stress": ("cycles", "resolution", "seams", "sampling"), "stress_images": 2}
+    found = run(folder, tmp_path / "out", mine, protocol=protocol, **tests).vaes[0]["stress"]
+
+    subject = open_subject(mine, torch.device("cpu"), torch.float32)
+    chosen = [file for file in find_images(folder) if file.key in ("a.png", "c.png")]  # evenly spaced
+    small, whole = (
+        [(file.key, images.prepare(0, file, each).pixels) for file in chosen] for each in (protocol, PRESETS["native"])
+    )
+    centres = [("a.png", whole[0][1][18 : 18 + 96, 22 : 22 + 96]), ("c.png", whole[1][1][52 : 52 + 96, 27 : 27 + 96])]
+    metrics: Any = {name: IMAGE_METRICS[name].compute for name in ("psnr", "ssim")}
+    inputs: dict[str, Any] = {"cycles": small, "resolution": whole, "seams": centres, "sampling": small}
+    for name, expected in inputs.items():
+        assert found[name] == run_stress([name], subject, expected, metrics, 5)[name], name
+    assert [row["num_images"] for row in found["resolution"]] == [2, 0, 0, 0, 0], "128 px fit the whole images alone"
+    assert found["cycles"]["cycles"] == [1, 2, 5, 10] and len(found["cycles"]["metrics"]["psnr"]) == 4
+    assert any("Seams" in note for note in found["notes"]) and any("Resolution" in note for note in found["notes"])
+
+
+def test_without_stress_tests_there_is_no_trace_of_them(photos: Path, tmp_path: Path, mine: Path) -> None:
+    assert run(photos, tmp_path / "out", mine).vaes[0]["stress"] == {}
+
+
+def test_blended_tiles_are_those_of_the_vae_and_part_of_the_protocol(
+    tmp_path: Path, make_vae: Callable[..., Path], make_images: MakeImages
+) -> None:
+    folder = make_images(tmp_path / "photos", {"a.png": (96, 96), "b.png": (24, 24)})
+    vae = make_vae("tiled", sample_size=32)  # which is also the size of its tiles
+    whole = run(folder, tmp_path / "whole", vae)
+    tiled = run(folder, tmp_path / "tiled", vae, protocol=replace(PLAIN, tiling="blended"))
+    values = [result.per_image["values"]["tiled"]["psnr"] for result in (whole, tiled)]
+    assert values[0][1] == values[1][1], "an image that fits into one tile"
+    subject = open_subject(vae, torch.device("cpu"), torch.float32)
+    x = torch.from_numpy(read_image(folder / "a.png").pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with subject.tiled("blended"):
+        recon = subject.decode(subject.encode(x).z, 96, 96)
+    levels = ((recon + 1) * 127.5).clamp(0, 255).round().byte()[0].permute(1, 2, 0).numpy()
+    assert values[1][0] == pytest.approx(psnr(read_image(folder / "a.png").pixels, levels), abs=1e-6)
+    assert values[0][0] != pytest.approx(values[1][0], abs=1e-6)
+
+
+def test_tiles_that_a_vae_lacks_are_refused_before_anything_is_written(
+    photos: Path, tmp_path: Path, tiny_16: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no tiled mode"):
+        run(photos, tmp_path / "out", tiny_16, protocol=replace(PLAIN, tiling="blended"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def tiny_16(tmp_path: Path) -> Path:
+    """A small random AutoencoderTiny with 16 latent channels, as those of Flux have."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = diffusers.AutoencoderTiny(
+            latent_channels=16,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            num_encoder_blocks=(1, 1, 1, 1),
+            num_decoder_blocks=(1, 1, 1, 1),
+        )
+    model.save_pretrained(tmp_path / "vaes" / "tiny")
+    return tmp_path / "vaes" / "tiny"
+
+
+def test_autoencoders_of_other_classes_take_part_side_by_side(
+    photos: Path, tmp_path: Path, mine: Path, tiny_16: Path, make_vae: Callable[..., Path]
+) -> None:
+    wide = make_vae("wide", latent_channels=16)
+    result = run(photos, tmp_path / "out", mine, tiny_16, reference=wide, stress=("sampling",), stress_images=1)
+    assert [vae["class_name"] for vae in result.vaes] == ["AutoencoderKL", "AutoencoderTiny", "AutoencoderKL"]
+    assert [vae["latent_channels"] for vae in result.vaes] == [4, 16, 16]
+    assert [vae["role"] for vae in result.vaes] == ["candidate", "candidate", "reference"]
+    assert [len(vae["latents"]["channels"]) for vae in result.vaes] == [4, 16, 16]
+    assert result.vaes[1]["latents"]["kl_nats"] is None and result.vaes[1]["stress"]["sampling"] is None
+    skipped, compared = (comparison["swap"] for comparison in result.comparisons)
+    assert "4 latent channels against 16" in skipped["skipped"]
+    assert compared["num_images"] == 5 and compared["drift"]["kl_nats"] is None
+    # each alone gives the same numbers: none is mistaken for another
+    for place, path in enumerate((mine, tiny_16, wide)):
+        alone = run(photos, tmp_path / f"alone{place}", path)
+        id_ = result.vaes[place]["id"]
+        for name, values in alone.per_image["values"][alone.vaes[0]["id"]].items():
+            assert result.per_image["values"][id_][name] == pytest.approx(values, abs=1e-5), (id_, name)
+        assert result.vaes[place]["summary"]["psnr"] == pytest.approx(alone.vaes[0]["summary"]["psnr"])
+
+
+def test_comparisons_subtract_the_reference(photos: Path, tmp_path: Path, mine: Path, other: Path) -> None:
+    result = run(photos, tmp_path / "out", mine, reference=other)
+    ours, theirs = (np.array(result.per_image["values"][id_]["psnr"]) for id_ in ("mine", "other"))
+    found = result.comparisons[0]["metrics"]["psnr"]
+    assert found["delta"] == pytest.approx(np.mean(ours - theirs))
+    assert (found["won"], found["count"]) == (np.mean(ours > theirs), 5)
+
+
+def test_the_swap_test_uses_as_many_images_as_asked_for(photos: Path, tmp_path: Path, mine: Path, other: Path) -> None:
+    result = run(photos, tmp_path / "out", mine, reference=other, swap_images=2)
+    assert result.comparisons[0]["swap"]["num_images"] == 2
+
+
+@pytest.mark.slow
+def test_statistics_of_the_originals_can_be_kept_and_stand_for_them(
+    photos: Path, tmp_path: Path, mine: Path, other: Path, assets: Path
+) -> None:
+    stats = tmp_path / "stats.npz"
+    fid: dict[str, Any] = {"weights_path": assets / "weights", "reference": other}
+    both, rfid = (replace(PLAIN, metrics=("psnr", *names), size_px=64) for names in (("rfid", "kid"), ("rfid",)))
+    plain = run(photos, tmp_path / "plain", mine, protocol=both, save_fid_statistics=stats, **fid)
+    assert load_statistics(stats).count == 5
+    kept = run(photos, tmp_path / "kept", mine, protocol=both, fid_statistics=stats, **fid)
+    assert kept.protocol["metrics"] == ["psnr", "rfid"] and kept.skipped_metrics[0]["name"] == "kid"
+    for one, two in zip(plain.vaes, kept.vaes, strict=True):
+        assert one["summary"]["rfid"] == two["summary"]["rfid"] and one["summary"]["rfid"]["value"] > 1
+    assert kept.protocol["fid"]["reference"].startswith("sha256:") and plain.protocol["fid"]["reference"] == "originals"
+    values = [vae["summary"]["rfid"]["value"] for vae in plain.vaes]
+    assert plain.comparisons[0]["metrics"]["rfid"]["delta"] == values[0] - values[1] != 0
+
+    # whoever asks for the file finds it, or learns why not
+    again = run(photos, tmp_path / "plain", mine, protocol=both, save_fid_statistics=stats, **fid)
+    assert again.created == plain.created
+    with pytest.raises(OutputExistsError, match=r"new\.npz are gone: .*--overwrite"):
+        run(photos, tmp_path / "plain", mine, protocol=both, save_fid_statistics=tmp_path / "new.npz", **fid)
+    with pytest.raises(OutputExistsError, match=r"stats\.npz is there already"):
+        run(photos, tmp_path / "third", mine, protocol=rfid, save_fid_statistics=stats, **fid)
+    assert not (tmp_path / "third").exists()
+    options = {"fid_statistics": stats, "save_fid_statistics": tmp_path / "new.npz", **fid}
+    resaved = run(photos, tmp_path / "fourth", mine, protocol=rfid, **options)
+    assert resaved.vaes[0]["summary"]["rfid"] == plain.vaes[0]["summary"]["rfid"]
+    assert np.array_equal(load_statistics(tmp_path / "new.npz").mean, load_statistics(stats).mean)
+
+
+@pytest.mark.slow
+def test_originals_whose_features_an_interrupted_run_left_out_are_not_half_the_statistics(
+    small_blocks: None,
+    photos: Path,
+    tmp_path: Path,
+    mine: Path,
+    assets: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    protocol = replace(PLAIN, metrics=("rfid",), size_px=32)
+    options: dict[str, Any] = {"protocol": protocol, "weights_path": assets / "weights"}
+    run(photos, tmp_path / "first", mine, save_fid_statistics=tmp_path / "stats.npz", **options)
+    stats = {"fid_statistics": tmp_path / "stats.npz"}
+    interrupt_after(1, monkeypatch, lambda: run(photos, tmp_path / "out", mine, **stats, **options))
+    options |= {**stats, "save_fid_statistics": tmp_path / "new.npz"}
+    with pytest.raises(ConfigError, match="differs in originals"):
+        run(photos, tmp_path / "out", mine, **options)
+
+
+@pytest.mark.slow
+def test_rfid_needs_two_images_that_can_be_read(photos: Path, tmp_path: Path, mine: Path, assets: Path) -> None:
+    for name in SIZES:
+        if name != "five.png":
+            (photos / name).write_bytes(b"no picture")
+    protocol = replace(PLAIN, metrics=("psnr", "rfid"))
+    result = run(photos, tmp_path / "out", mine, protocol=protocol, weights_path=assets / "weights")
+    assert result.skipped_metrics == [{"name": "rfid", "reason": "only one image could be read"}]
+    assert "rfid" not in result.vaes[0]["summary"] and result.exit_code == 3
+
+
+def test_published_numbers_stand_beside_and_change_nothing_else(photos: Path, tmp_path: Path, mine: Path) -> None:
+    plain = run(photos, tmp_path / "out", mine)
+    assert plain.published == []
+    shown = run(photos, tmp_path / "out", mine, published="coco")
+    assert shown.created == plain.created, "nothing is measured for them"
+    assert [row["vae"] for row in shown.published][-1] == "sdxl-vae" and len(shown.published) == 4
+    assert numbers(shown) | {"published": []} == numbers(plain)
+    assert "sdxl-vae" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", ["gone", "other pixels"])
+def test_an_image_that_goes_after_it_was_measured_is_left_out_of_pictures_and_stress_tests(
+    change: str, photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_conclude(*arguments: Any) -> EvaluationResult:
+        if change == "gone":
+            (photos / "five.png").unlink()
+        else:
+            Image.new("RGB", (40, 40), "red").save(photos / "five.png")
+        return conclude.conclude(*arguments)
+
+    monkeypatch.setattr(runner, "conclude", then_conclude)
+    options: dict[str, Any] = {"gallery_images": 5, "stress": ("cycles", "resolution"), "stress_images": 5}
+    result = run(photos, tmp_path / "out", mine, **options)
+    assert result.dataset["num_images"] == 5 and result.exit_code == 0
+    assert [card["key"] for card in result.gallery] == sorted({*SIZES} - {"five.png"})
+    assert result.vaes[0]["stress"]["cycles"]["num_images"] == 4
+    assert [warning for warning in result.warnings if "leave out 1 images, which have gone or changed" in warning] == [
+        f"the {name} leave out 1 images, which have gone or changed since they were measured"
+        for name in ("stress tests", "pictures")
+    ]
+
+
+def test_pictures_are_of_the_images_that_they_name(photos: Path, tmp_path: Path, mine: Path) -> None:
+    (photos / "a" / "broken.png").write_bytes(b"no picture")  # so places and indices differ
+    result = run(photos, tmp_path / "out", mine, gallery_images=5)
+    assert [card["key"] for card in result.gallery] == sorted(SIZES)
+    for card in result.gallery:
+        picture = Image.open(io.BytesIO(base64.b64decode(card["original"].partition(",")[2])))
+        assert np.array_equal(np.asarray(picture), read_image(photos / card["key"]).pixels)
+
+
+def test_a_hub_id_that_cannot_be_reached_ends_the_run_before_anything_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingWeightsError, match="org/name"):
+        run(photos, tmp_path / "out", Path("org/name"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "set_up", None)  # calling it would fail
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file is a file; expected a folder"):
+        run(photos, tmp_path / "file" / "deep" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission_is_refused_before_anything_is_loaded(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="no permission to write"):
+        run(photos, tmp_path / "closed" / "out")
+
+
+def test_a_block_without_any_readable_image_is_as_good_as_others(
+    small_blocks: None, photos: Path, tmp_path: Path, mine: Path, other: Path
+) -> None:
+    expected = run(photos, tmp_path / "whole", mine, reference=other)
+    for name in ("a/1.png", "a/2.png", "a/3.png"):  # the first block, and half of the second
+        (photos / name).write_bytes(b"no picture")
+    result = run(photos, tmp_path / "out", mine, reference=other)
+    assert [failed["key"] for failed in result.dataset["unreadable"]] == ["a/1.png", "a/2.png", "a/3.png"]
+    for id_, metrics in expected.per_image["values"].items():
+        assert result.per_image["values"][id_]["psnr"] == pytest.approx(metrics["psnr"], abs=1e-5)
+    assert result.per_image["keys"] == expected.per_image["keys"]
 
 
 @pytest.mark.slow
