@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,8 @@ def evaluate_command(
     """
     protocol = _protocol(preset, metrics, settings)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
-    announce_vae(vaes[0] if vaes else None)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
 
     plan = plan_evaluation(images, vaes, reference, out, protocol, options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +47,10 @@ def test_pixels_come_at_the_protocols_size(tmp_path: Path, make_images: MakeImag
 
 
 def test_16_bit_gray_and_transparency_become_8_bit_rgb(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 0x8080, np.uint16)).save(tmp_path / "gray.png")
+    Image.fromarray(np.full((8, 8), 0x8110, np.uint16)).save(tmp_path / "gray.png")
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     clear, gray = find_images(tmp_path)
-    assert np.array_equal(np.unique(prepare(0, gray, PRESETS["native"]).pixels), [0x80])
+    assert np.array_equal(np.unique(prepare(0, gray, PRESETS["native"]).pixels), [0x81])  # rounded
     assert np.array_equal(np.unique(prepare(0, clear, Protocol(preset="x", background="#102030")).pixels), [16, 32, 48])
 
 
@@ -65,4 +67,15 @@ def test_a_changed_file_changes_the_digest_of_the_stand(tmp_path: Path, make_ima
     before = stand_digest(find_images(tmp_path))
     assert stand_digest(find_images(tmp_path)) == before
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes() + b"x")
-    assert stand_digest(find_images(tmp_path)) != before
+    longer = stand_digest(find_images(tmp_path))
+    assert longer != before
+    os.utime(tmp_path / "b.png", (1, 1))
+    touched = stand_digest(find_images(tmp_path))
+    assert touched != longer, "a file of the same size may have other content"
+    (tmp_path / "b.png").write_bytes(b"")
+    os.utime(tmp_path / "b.png", (1, 1))
+    assert stand_digest(find_images(tmp_path)) != touched, "nor does the time of change tell all"
+    (empty,) = (file for file in find_images(tmp_path) if file.key == "b.png")
+    assert stand_digest([empty]) != stand_digest([replace(empty, key="c.png")])
+    (tmp_path / "b.png").unlink()
+    assert stand_digest([empty]) == stand_digest([empty]), "a file that is gone has a stand too"

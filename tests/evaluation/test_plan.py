@@ -103,3 +103,13 @@ def test_a_place_for_statistics_that_cannot_be_is_refused(plan: Plan, tmp_path: 
     with pytest.raises(ConfigError, match="is a folder"):
         plan(metrics=("rfid",), save_fid_statistics=tmp_path)
     assert plan(metrics=("rfid",), save_fid_statistics=tmp_path / "new" / "stats.npz").protocol.metrics == ("rfid",)
+
+
+def test_a_plan_says_how_many_images_were_found_and_which_are_taken(tmp_path: Path, make_images: MakeImages) -> None:
+    photos = make_images(tmp_path, {f"{number}.png": (9, 9) for number in range(6)})
+    protocol = replace(PRESETS["native"], metrics=("psnr",), max_images=3)
+    plan = plan_evaluation(photos, (), None, tmp_path / "out", protocol, EvaluateOptions(gates=("psnr<1",)))
+    assert [file.key for file in plan.files] == ["0.png", "2.png", "4.png"]
+    data = plan.to_json()
+    assert (data["num_found"], data["num_images"], data["gates"], data["stress"]) == (6, 3, ["psnr<1"], [])
+    assert data["vaes"] == [{"id": "sdvae-mini", "ref": None, "role": "candidate"}]

@@ -20,14 +20,16 @@ import pytest
 import torch
 from PIL import Image
 
+from sdvae import files
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
 from sdvae.data.sources import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
-from sdvae.evaluation import blocks, conclude, images, runner
+from sdvae.evaluation import blocks, compare, conclude, images, runner
 from sdvae.evaluation.fid import load_statistics
 from sdvae.evaluation.metrics import IMAGE_METRICS, psnr
 from sdvae.evaluation.options import EvaluateOptions
+from sdvae.evaluation.processes import Processes
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.evaluation.runner import evaluate
@@ -288,17 +290,19 @@ def test_a_network_that_cannot_be_had_ends_the_run_before_it_starts_or_is_left_o
     photos: Path, tmp_path: Path, mine: Path
 ) -> None:
     protocol = replace(PLAIN, metrics=("psnr", "rfid"))
-    nowhere = {"protocol": protocol, "weights_path": tmp_path / "nowhere"}
+    nowhere: dict[str, Any] = {"protocol": protocol, "weights_path": tmp_path / "nowhere"}
     with pytest.raises(MissingWeightsError, match="--skip-unavailable"):
         run(photos, tmp_path / "out", mine, **nowhere)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "stats.npz").write_bytes(b"never read")
+    nowhere["fid_statistics"] = tmp_path / "stats.npz"
     result = run(photos, tmp_path / "out", mine, **nowhere, skip_unavailable=True)
     assert [row["name"] for row in result.metrics] == ["psnr"] == result.protocol["metrics"]
     assert result.skipped_metrics[0]["name"] == "rfid" and "no weights" in result.skipped_metrics[0]["reason"]
 
 
 def test_reconstructions_that_are_not_finite_are_counted(
-    photos: Path, tmp_path: Path, make_vae: Callable[..., Path]
+    small_blocks: None, photos: Path, tmp_path: Path, make_vae: Callable[..., Path]
 ) -> None:
     broken = make_vae("broken", damage=lambda vae: vae.decoder.conv_out.weight.fill_(3e38))
     result = run(photos, tmp_path / "out", broken)
@@ -422,6 +426,7 @@ def test_statistics_of_the_originals_can_be_kept_and_stand_for_them(
     both, rfid = (replace(PLAIN, metrics=("psnr", *names), size_px=64) for names in (("rfid", "kid"), ("rfid",)))
     plain = run(photos, tmp_path / "plain", mine, protocol=both, save_fid_statistics=stats, **fid)
     assert load_statistics(stats).count == 5
+    assert any("rFID over 5 images" in warning for warning in plain.warnings)
     kept = run(photos, tmp_path / "kept", mine, protocol=both, fid_statistics=stats, **fid)
     assert kept.protocol["metrics"] == ["psnr", "rfid"] and kept.skipped_metrics[0]["name"] == "kid"
     for one, two in zip(plain.vaes, kept.vaes, strict=True):
@@ -438,9 +443,11 @@ def test_statistics_of_the_originals_can_be_kept_and_stand_for_them(
     with pytest.raises(OutputExistsError, match=r"stats\.npz is there already"):
         run(photos, tmp_path / "third", mine, protocol=rfid, save_fid_statistics=stats, **fid)
     assert not (tmp_path / "third").exists()
-    options = {"fid_statistics": stats, "save_fid_statistics": tmp_path / "new.npz", **fid}
-    resaved = run(photos, tmp_path / "fourth", mine, protocol=rfid, **options)
-    assert resaved.vaes[0]["summary"]["rfid"] == plain.vaes[0]["summary"]["rfid"]
+    np.savez(tmp_path / "far.npz", mu=np.full(2048, 10.0), sigma=np.eye(2048))  # of another set than is kept
+    del fid["reference"]
+    options = {"fid_statistics": tmp_path / "far.npz", "save_fid_statistics": tmp_path / "new.npz", **fid}
+    far = run(photos, tmp_path / "fourth", mine, protocol=rfid, **options)
+    assert far.vaes[0]["summary"]["rfid"]["value"] > 1e5
     assert np.array_equal(load_statistics(tmp_path / "new.npz").mean, load_statistics(stats).mean)
 
 
@@ -557,6 +564,177 @@ def test_a_block_without_any_readable_image_is_as_good_as_others(
     for id_, metrics in expected.per_image["values"].items():
         assert result.per_image["values"][id_]["psnr"] == pytest.approx(metrics["psnr"], abs=1e-5)
     assert result.per_image["keys"] == expected.per_image["keys"]
+
+
+def test_intervals_are_those_of_the_protocols_seed_and_resamples(
+    photos: Path, tmp_path: Path, mine: Path, other: Path
+) -> None:
+    protocol = replace(PLAIN, seed=7, resamples=151)
+    result = run(photos, tmp_path / "out", mine, reference=other, protocol=protocol)
+    bootstrap = {"seed": 7, "resamples": 151}
+    ours, theirs = (result.per_image["values"][id_] for id_ in ("mine", "other"))
+    assert result.vaes[0]["summary"] == compare.summarise(ours, **bootstrap)
+    assert result.vaes[1]["summary"] == compare.summarise(theirs, **bootstrap)
+    assert result.vaes[0]["slices"] == compare.slice_summaries(ours, result.per_image["slices"], **bootstrap)
+    expected = compare.paired_differences(ours, theirs, result.metrics, **bootstrap)
+    assert result.comparisons[0]["metrics"] == expected
+    assert expected != compare.paired_differences(ours, theirs, result.metrics, seed=0, resamples=151)
+
+
+def test_the_size_of_blocks_changes_nothing_beyond_rounding(
+    photos: Path, tmp_path: Path, mine: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(photos, tmp_path / "whole", mine, reference=other)
+    for module in (images, runner):
+        monkeypatch.setattr(module, "BLOCK_IMAGES", 2)
+    parts = run(photos, tmp_path / "parts", mine, reference=other)
+    for one, two in zip(whole.vaes, parts.vaes, strict=True):
+        assert two["latents"]["num_images"] == one["latents"]["num_images"] == 5
+        for key in ("mean", "std", "kurtosis", "kl", "posterior_std"):
+            channels = [[channel[key] for channel in vae["latents"]["channels"]] for vae in (one, two)]
+            assert channels[0] == pytest.approx(channels[1], rel=1e-4, abs=1e-5), key
+        assert two["latents"]["suggested"] == pytest.approx(one["latents"]["suggested"], rel=1e-5)
+    for one, two in zip(whole.comparisons, parts.comparisons, strict=True):
+        assert two["swap"]["num_images"] == 5
+        assert two["swap"]["drift"]["latents_rms"] == pytest.approx(one["swap"]["drift"]["latents_rms"], rel=1e-4)
+
+
+def test_the_cross_decode_matrix_names_encoders_and_decoders(
+    photos: Path, tmp_path: Path, mine: Path, other: Path
+) -> None:
+    result = run(photos, tmp_path / "out", mine, reference=other)
+    crossed = result.comparisons[0]["swap"]["cross_decode"]
+    for vae in result.vaes:
+        own = crossed[vae["id"]][vae["id"]]["psnr"]
+        assert own == pytest.approx(vae["summary"]["psnr"]["mean"], abs=1e-4), vae["id"]
+    assert crossed["mine"]["other"]["psnr"] != crossed["other"]["mine"]["psnr"]
+
+
+def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: Path, mine: Path) -> None:
+    plan = runner.plan_evaluation(photos, [mine], None, tmp_path / "out", PLAIN, EvaluateOptions(device="cpu"))
+    setup = runner.set_up(plan)
+    for rank, expected in ((0, {0, 2}), (1, {1})):
+        store = blocks.BlockStore(tmp_path / f"rank{rank}")
+        store.open({}, overwrite=False)
+        runner._measure(replace(setup, processes=Processes(rank, 2, torch.device("cpu"))), store, None)
+        assert {number for number in range(3) if store.has(number)} == expected
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "a metric less": {"protocol": replace(PLAIN, metrics=("psnr",))},
+    "another seed": {"protocol": replace(PLAIN, seed=1)},
+    "another stress test": {"stress": ("sampling",)},
+    "more stress images": {"stress_images": 2},
+    "fewer swap images": {"swap_images": 2},
+    "more pictures": {"gallery_images": 3},
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "other weights", "the roles"])
+def test_a_result_of_other_settings_is_another_evaluation(
+    change: str, photos: Path, tmp_path: Path, mine: Path, other: Path
+) -> None:
+    settings: dict[str, Any] = {"stress": ("cycles",), "stress_images": 1}
+    run(photos, tmp_path / "out", mine, other, **settings)
+    if change == "other weights":
+        shutil.copytree(other, mine, dirs_exist_ok=True)
+    vaes, settings = (mine, other), settings | CHANGES.get(change, {})
+    if change == "the roles":
+        vaes, settings = (mine,), settings | {"reference": other}
+    with pytest.raises(OutputExistsError):
+        run(photos, tmp_path / "out", *vaes, **settings)
+
+
+def test_where_the_result_is_there_so_are_the_other_files(
+    photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(result: EvaluationResult) -> str:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as context:
+        context.setattr(runner, "render_report", fail)
+        with pytest.raises(OSError, match="disk full"):
+            run(photos, tmp_path / "out", mine)
+    assert not (tmp_path / "out" / "result.json").exists()
+    assert (tmp_path / "out" / ".evaluation").is_dir(), "what is measured stays"
+    run(photos, tmp_path / "out", mine)
+    (tmp_path / "out" / "report.html").unlink()
+    run(photos, tmp_path / "out", mine)
+    assert (tmp_path / "out" / "report.html").exists(), "a finished evaluation writes its report again"
+
+
+def test_what_a_killed_run_left_half_written_goes(photos: Path, tmp_path: Path, mine: Path) -> None:
+    out = tmp_path / "out"
+    plan = runner.plan_evaluation(photos, [mine], None, out, PLAIN, EvaluateOptions(gallery_images=2))
+    blocks.BlockStore(out / ".evaluation").open(runner.set_up(plan).inputs, overwrite=False)
+    left = [out / f".{'0' * 16}-{files._host()}-{os.getpid()}-{'0' * 8}.sdvae-tmp"]  # this number, an earlier start
+    left.append(out / ".evaluation" / left[0].name)
+    for path in left:
+        path.write_bytes(b"half")
+    seen: list[bool] = []
+    runner.run_evaluation(plan, lambda done, total: seen.append(any(path.exists() for path in left)))
+    assert not any(seen) and seen
+
+
+def test_an_error_that_is_no_damaged_image_ends_the_run(
+    photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> images.Prepared:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(runner, "prepare", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(photos, tmp_path / "out", mine)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_float32_is_exact_while_measuring_and_as_before_afterwards(
+    photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    plan = runner.plan_evaluation(photos, [mine], None, tmp_path / "out", PLAIN, EvaluateOptions(gallery_images=2))
+    seen: list[bool] = []
+    runner.run_evaluation(plan, lambda done, total: seen.append(torch.backends.cudnn.allow_tf32))
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
+
+
+def test_autoencoders_compute_in_the_protocols_dtype(photos: Path, tmp_path: Path, mine: Path) -> None:
+    exact = run(photos, tmp_path / "exact", mine)
+    half = run(photos, tmp_path / "half", mine, protocol=replace(PLAIN, dtype="bfloat16"))
+    assert (exact.vaes[0]["dtype"], half.vaes[0]["dtype"]) == ("float32", "bfloat16")
+    assert exact.vaes[0]["digest"] == half.vaes[0]["digest"]
+    values = [result.per_image["values"]["mine"]["psnr"] for result in (exact, half)]
+    assert values[0] != values[1] and values[0] == pytest.approx(values[1], abs=1)
+
+
+def test_the_dataset_is_described_as_it_was_measured(photos: Path, tmp_path: Path, mine: Path) -> None:
+    (photos / "broken.png").write_bytes(b"no picture")
+    first = run(photos, tmp_path / "out", mine).dataset
+    assert (first["source"], first["num_found"], first["num_images"]) == (str(photos), 6, 5)
+    assert first["sizes"] == {"min_px": 33, "max_px": 90, "distinct": 3}
+    fewer = run(photos, tmp_path / "fewer", mine, protocol=replace(PLAIN, max_images=3)).dataset
+    assert (fewer["num_found"], fewer["num_images"] + len(fewer["unreadable"])) == (6, 3)
+    os.utime(photos / "five.png", (1, 1))
+    assert run(photos, tmp_path / "touched", mine).dataset["digest"] == first["digest"]
+    Image.new("RGB", (40, 40), "red").save(photos / "five.png")
+    assert run(photos, tmp_path / "changed", mine).dataset["digest"] != first["digest"]
+
+
+def test_times_are_per_megapixel_of_all_blocks(
+    small_blocks: None, photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = blocks.BlockStore.save, []
+
+    def keep(store: blocks.BlockStore, number: int, block: blocks.Block) -> None:
+        saved.append(block)
+        save(store, number, block)
+
+    monkeypatch.setattr(blocks.BlockStore, "save", keep)
+    found = run(photos, tmp_path / "out", mine).vaes[0]["seconds_per_megapixel"]
+    megapixels = sum(width * height for width, height in SIZES.values()) / 1e6
+    for step in ("encode", "decode"):
+        seconds = sum(block.seconds["mine"][step] for block in saved)
+        assert found[step] == pytest.approx(seconds / megapixels) and seconds > 0
 
 
 @pytest.mark.slow
