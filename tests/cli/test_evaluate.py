@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from sdvae.cli.main import cli
 
@@ -136,6 +137,58 @@ def test_an_option_that_differs_from_the_preset_is_visible(sdvae: Sdvae, photos:
     assert preset("--preset", "quick") == "quick"
     assert preset("--preset", "quick", "--size", "256") == "quick"
     assert preset("--preset", "quick", "--size", "128") == "quick changed"
+
+
+def test_every_option_of_the_protocol_arrives(sdvae: Sdvae, photos: Path) -> None:
+    given = {
+        "--size": 48,
+        "--crop": "center",
+        "--max-images": 2,
+        "--metrics": "psnr,l1",
+        "--posterior": "sample",
+        "--seed": 9,
+        "--dtype": "bfloat16",
+        "--tiling": "blended",
+        "--background": "#102030",
+    }
+    names = ("size_px", "crop", "max_images", "metrics", "posterior", "seed", "dtype", "tiling", "background")
+    arguments = [str(part) for pair in given.items() for part in pair]
+    output = sdvae("evaluate", photos, "--out", "out", "--dry-run", "--json", *arguments).stdout
+    protocol = json.loads(output)["protocol"]
+        "protocol"
+    ]
+    assert [protocol[name] for name in names] == [48, "center", 2, ["psnr", "l1"], *[*given.values()][4:]]
+
+
+def test_a_few_stress_tests_are_made_unless_asked_for_otherwise(sdvae: Sdvae, photos: Path) -> None:
+    def stress(*arguments: str) -> list[str]:
+        output = sdvae("evaluate", photos, "--out", "out", "--dry-run", "--json", "--metrics", "psnr", *arguments)
+        found: list[str] = json.loads(output.stdout)["stress"]
+        return found
+
+    assert stress() == ["cycles", "sampling"]
+    assert stress("--preset", "quick") == [] == stress("--stress", "none")
+    assert stress("--preset", "quick", "--stress", "seams") == ["seams"]
+
+
+def test_what_was_left_out_and_what_to_be_wary_of_is_told(sdvae: Sdvae, photos: Path, mine: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "small.png")
+    metrics = ("--metrics", "psnr,ssim,rfid", "--weights", "nowhere", "--skip-unavailable", "--stress", "none")
+    result = sdvae("evaluate", photos, "--vae", mine, "--out", "out", *metrics)
+    assert result.exit_code == 0, result.output
+    assert "left out: rfid: no weights of inception" in result.stderr
+    assert "Warning: SSIM leaves out 1 of 4 images" in result.stderr
+
+
+def test_differences_are_printed_with_their_interval_and_the_share_won(
+    sdvae: Sdvae, photos: Path, mine: Path, theirs: Path
+) -> None:
+    arguments = ("evaluate", photos, "--vae", mine, "--reference", theirs, "--out", "out", *PLAIN)
+    lines = sdvae(*arguments).stdout.splitlines()
+    for name, found in json.loads(Path("out/result.json").read_text())["comparisons"][0]["metrics"].items():
+        title, digits = {"psnr": ("PSNR", 2), "l1": ("L1", 3)}[name]
+        numbers = f"{found['delta']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+        assert f"  {title}: {numbers}, undecided, better on {found['won']:.0%} of the images" in lines
 
 
 def test_the_report_renders_again_from_the_json_alone(sdvae: Sdvae, photos: Path, mine: Path) -> None:

@@ -645,7 +645,7 @@ def test_a_result_of_other_settings_is_another_evaluation(
         run(photos, tmp_path / "out", *vaes, **settings)
 
 
-def test_where_the_result_is_there_so_are_the_other_files(
+def test_a_report_that_cannot_be_written_costs_no_measurement(
     photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(result: EvaluationResult) -> str:
@@ -655,12 +655,12 @@ def test_where_the_result_is_there_so_are_the_other_files(
         context.setattr(runner, "render_report", fail)
         with pytest.raises(OSError, match="disk full"):
             run(photos, tmp_path / "out", mine)
-    assert not (tmp_path / "out" / "result.json").exists()
-    assert (tmp_path / "out" / ".evaluation").is_dir(), "what is measured stays"
-    run(photos, tmp_path / "out", mine)
-    (tmp_path / "out" / "report.html").unlink()
-    run(photos, tmp_path / "out", mine)
+    first = load_result(tmp_path / "out" / "result.json")
+    assert not (tmp_path / "out" / "report.html").exists()
+    monkeypatch.setattr(runner, "_measure", None)  # calling it would fail
+    assert run(photos, tmp_path / "out", mine).created == first.created
     assert (tmp_path / "out" / "report.html").exists(), "a finished evaluation writes its report again"
+    assert not (tmp_path / "out" / ".evaluation").exists()
 
 
 def test_what_a_killed_run_left_half_written_goes(photos: Path, tmp_path: Path, mine: Path) -> None:
