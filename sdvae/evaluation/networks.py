@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sdvae.errors import ConfigError, MissingWeightsError
+from sdvae.errors import ConfigError, MissingWeightsError, SdvaeError
 from sdvae.evaluation.metrics import build_metric
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import SET_METRICS, Protocol
@@ -35,28 +35,31 @@ def build_networks(protocol: Protocol, options: EvaluateOptions, device: torch.d
     Raises: ConfigError for a package that is missing, MissingWeightsError, CheckpointError for weights; the first two
     leave the metric out with options.skip_unavailable.
     """
-    metrics, skipped = {}, []
+    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    skipped: list[tuple[str, str]] = []
     for name in (name for name in protocol.metrics if name not in SET_METRICS):
+        without = _WITHOUT.format(name=name)
         try:
-            metrics[name] = build_metric(
-                name, options.weights_path, device=device, option="--weights", without=_WITHOUT.format(name=name)
-            )
+            metrics[name] = build_metric(name, options.weights_path, device=device, option="--weights", without=without)
         except (ConfigError, MissingWeightsError) as error:
-            skipped.append((name, _reason(error, options)))
+            skipped.append((name, _reason(error, options, without)))
     set_metrics = tuple(name for name in protocol.metrics if name in SET_METRICS)
     inception = None
     if set_metrics:
+        without = _WITHOUT.format(name=" and ".join(set_metrics))
         try:
-            without = _WITHOUT.format(name=" and ".join(set_metrics))
             inception = build_inception(options.weights_path, option="--weights", without=without).to(device)
         except (ConfigError, MissingWeightsError) as error:
-            reason = _reason(error, options)
+            reason = _reason(error, options, without)
             skipped += [(name, reason) for name in set_metrics]
             set_metrics = ()
     return Networks(metrics=metrics, inception=inception, set_metrics=set_metrics, skipped=tuple(skipped))
 
 
-def _reason(error: Exception, options: EvaluateOptions) -> str:
-    if not options.skip_unavailable:
+def _reason(error: SdvaeError, options: EvaluateOptions, without: str) -> str:
+    """Why a metric is left out, in one line; raises instead where that was not asked for."""
+    if options.skip_unavailable:
+        return str(error).splitlines()[0].removesuffix(". Looked for")
+    if isinstance(error, MissingWeightsError):  # which says already how to do without
         raise error
-    return str(error).splitlines()[0]
+    raise ConfigError(f"{error}\nOr do without: {without}") from error

@@ -155,8 +155,6 @@ def test_every_option_of_the_protocol_arrives(sdvae: Sdvae, photos: Path) -> Non
     arguments = [str(part) for pair in given.items() for part in pair]
     output = sdvae("evaluate", photos, "--out", "out", "--dry-run", "--json", *arguments).stdout
     protocol = json.loads(output)["protocol"]
-        "protocol"
-    ]
     assert [protocol[name] for name in names] == [48, "center", 2, ["psnr", "l1"], *[*given.values()][4:]]
 
 

@@ -1,0 +1,530 @@
+#!/usr/bin/env python3
+"""Is `sdvae evaluate` faster than the same metrics run through torchmetrics, and does it give the same numbers? On a CPU.
+
+    python tools/bench_evaluate.py --weights FOLDER                                # some minutes
+    taskset -c 0 python tools/bench_evaluate.py --weights FOLDER --threads 1       # on one core
+    python tools/bench_evaluate.py --weights FOLDER --images 4 --rounds 1 --size 64  # does it run at all: a minute
+
+PSNR, SSIM, LPIPS (alex) and rFID of one VAE over a folder of photographs, in float32:
+- ours: `sdvae evaluate` as it runs, without stress tests and gallery. It also measures the latents, keeps numbers per
+  image and writes a report with intervals.
+- torchmetrics: the loop that a careful engineer would write. A DataLoader with as many workers as ours has threads that
+  read; diffusers' AutoencoderKL in eval mode under inference_mode; resize, crop and rounding to 8 bits as ours;
+  PeakSignalNoiseRatio per image, StructuralSimilarityIndexMeasure(data_range=1), LearnedPerceptualImagePatchSimilarity
+  and FrechetInceptionDistance(antialias=False), whose resize then is that of the FID's own network: its default gives
+  other numbers. Of several batch sizes, each in the default layout and with all networks in channels_last, the fastest
+  is taken, found by trying before the rounds.
+
+How to read the table: both sides run in one process by turns, each goes first in every other round, and the first round
+warms up and is not counted; medians with the range behind them. `images/s` is the whole way from file to metric without
+what is done once, which stands below: `set up` (networks loaded; torchmetrics' DataLoader with its first batch) and
+`finish` (rFID and means; ours also intervals, report and files). `cpu` is what it costs in processor seconds, those of
+loading processes included: where a machine is shared, that says more than the clock. Rows `part` are one step alone, in
+memory, with the batch that each side takes for it; ours measures each photograph as one batch, and Inception in fours.
+`ratio` above 1: ours is faster, or smaller. `peak` is the largest resident size of a fresh process that does one run,
+its loading processes left out. Numbers that differ by more than rounding (TOLERANCES) end the script with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from sdvae._torchvision import ensure_torchvision_importable
+from sdvae.checkpoints.store import bundled_path
+from sdvae.data.sources import find_images
+from sdvae.evaluation.images import prepare
+from sdvae.evaluation.metrics import build_metric
+from sdvae.evaluation.options import EvaluateOptions
+from sdvae.evaluation.plan import plan_evaluation
+from sdvae.evaluation.protocol import Protocol
+from sdvae.evaluation.runner import run_evaluation
+from sdvae.evaluation.subject import open_subject, round_to_8_bits
+from sdvae.features.inception import NUM_FEATURES, InceptionFeatures, build_inception
+from sdvae.features.weights import find_weights, load_weights
+
+ensure_torchvision_importable()  # before diffusers and torchmetrics
+
+PHOTOS = bundled_path().parent / "photos"
+SIDES = ("ours", "torchmetrics")
+METRICS = ("psnr", "ssim", "lpips_alex", "rfid")
+# Two implementations of one VAE differ in the last bits, so here and there a value is rounded to the next 8-bit level.
+TOLERANCES = {"psnr": 1e-3, "ssim": 1e-4, "lpips_alex": 1e-4, "rfid": 0.1}
+NUM_CLASSES = 1008  # of the file that torch-fidelity reads; its classifier is not used here
+FEATURE_BATCH = 4  # of ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    photos: Path  # exactly the images of a run
+    scratch: Path
+    weights: Path | None
+    vae: Path
+    size: int
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How the loop with torchmetrics runs."""
+
+    batch: int
+    channels_last: bool
+
+
+@dataclass(kw_only=True)
+class Run:
+    num_images: int
+    set_up_s: float
+    images_s: float
+    images_cpu_s: float
+    finish_s: float
+    numbers: dict[str, float]
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the children that have ended."""
+    return sum(os.times()[:4])
+
+
+def protocol_of(setting: Setting) -> Protocol:
+    return Protocol(preset="native", size_px=setting.size, crop="center", metrics=METRICS)
+
+
+def run_ours(setting: Setting) -> Run:
+    marks: list[tuple[float, float]] = []
+    started = time.perf_counter()
+    options = EvaluateOptions(
+        device="cpu", workers=setting.workers, weights_path=setting.weights, gallery_images=0, overwrite=True
+    )
+    plan = plan_evaluation(
+        setting.photos, [setting.vae], None, setting.scratch / "report", protocol_of(setting), options
+    )
+    result = run_evaluation(plan, lambda done, total: marks.append((time.perf_counter(), cpu_seconds())))
+    finished = time.perf_counter()
+    assert result is not None
+    (first, first_cpu), (last, last_cpu) = marks[0], marks[-1]
+    summary = result.vaes[0]["summary"]
+    return Run(
+        num_images=len(plan.files),
+        set_up_s=first - started,
+        images_s=last - first,
+        images_cpu_s=last_cpu - first_cpu,
+        finish_s=finished - last,
+        numbers={name: summary[name]["value" if name == "rfid" else "mean"] for name in METRICS},
+    )
+
+
+class Photos(Dataset[Tensor]):
+    """uint8 (3, size, size)."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.paths = sorted(folder.iterdir())
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with Image.open(self.paths[index]) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((self.size, self.size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Torchmetrics:
+    """VAE and metrics, with their states at zero."""
+
+    def __init__(self, setting: Setting, way: Way) -> None:
+        from diffusers import AutoencoderKL
+        from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self.vae = AutoencoderKL.from_pretrained(setting.vae).eval()
+        with patch.dict(os.environ, {"TORCH_HOME": str(setting.scratch / "torch")}):
+            self.lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        self.fid = FrechetInceptionDistance(
+            feature_extractor_weights_path=str(setting.scratch / "inception.pth"), antialias=False
+        )
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3))  # per image, then the mean
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
+        if way.channels_last:
+            for network in (self.vae, self.lpips.net, self.fid.inception):
+                nn.Module.to(network, memory_format=torch.channels_last)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample  # type: ignore[no-any-return]
+
+    def update(self, pixels: Tensor) -> None:
+        """pixels: uint8 (B, 3, H, W)."""
+        image = pixels.float() / 255
+        levels = ((self.reconstruct(image * 2 - 1) + 1) * 127.5).clamp(0, 255).round()
+        recon = levels / 255
+        self.psnr.update(recon, image)
+        self.ssim.update(recon, image)
+        self.lpips.update(recon, image)
+        self.fid.update(pixels, real=True)
+        self.fid.update(levels.to(torch.uint8), real=False)
+
+    def compute(self) -> dict[str, float]:
+        metrics = {"psnr": self.psnr, "ssim": self.ssim, "lpips_alex": self.lpips, "rfid": self.fid}
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+@torch.inference_mode()
+def run_torchmetrics(setting: Setting, way: Way) -> Run:
+    started = time.perf_counter()
+    metrics = Torchmetrics(setting, way)
+    photos = Photos(setting.photos, setting.size)
+    batches = iter(DataLoader(photos, batch_size=way.batch, num_workers=setting.workers))
+    batch: Tensor | None = next(batches)
+    first, first_cpu = time.perf_counter(), cpu_seconds()
+    while batch is not None:
+        metrics.update(batch)
+        batch = next(batches, None)
+    last = time.perf_counter()
+    del batches  # its processes end
+    last_cpu = cpu_seconds()
+    finish_started = time.perf_counter()
+    numbers = metrics.compute()
+    return Run(
+        num_images=len(photos),
+        set_up_s=first - started,
+        images_s=last - first,
+        images_cpu_s=last_cpu - first_cpu,
+        finish_s=time.perf_counter() - finish_started,
+        numbers=numbers,
+    )
+
+
+def run(side: str, setting: Setting, way: Way) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages, on how they will change
+        return run_ours(setting) if side == "ours" else run_torchmetrics(setting, way)
+
+
+def write_their_weights(setting: Setting) -> None:
+    """The two backbones as the files that torchvision and torch-fidelity read; classifiers, not used here, as zeros."""
+    import torchvision
+
+    state = torchvision.models.alexnet(weights=None).state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items() if name.startswith("features")}
+    state = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    state |= load_weights(find_weights("alexnet", setting.weights, option="--weights"), shapes)
+    checkpoints = setting.scratch / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(state, checkpoints / torchvision.models.AlexNet_Weights.DEFAULT.url.rpartition("/")[2])
+
+    with torch.device("meta"):
+        network = InceptionFeatures()
+    convs = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    shapes = {f"{name}.conv.weight": conv.weight.shape for name, conv in convs.items()}
+    for name, conv in convs.items():
+        shapes |= {f"{name}.bn.{part}": conv.weight.shape[:1] for part in ("bias", "running_mean", "running_var")}
+    scales = {f"{name}.bn.weight": conv.weight.shape[:1] for name, conv in convs.items()}
+    file = find_weights("inception", setting.weights, option="--weights")
+    weights = {name: torch.ones(shape) for name, shape in scales.items()} | load_weights(file, shapes, optional=scales)
+    weights |= {f"{name}.bn.num_batches_tracked": torch.tensor(0) for name in convs}
+    weights |= {"fc.weight": torch.zeros(NUM_CLASSES, NUM_FEATURES), "fc.bias": torch.zeros(NUM_CLASSES)}
+    torch.save(weights, setting.scratch / "inception.pth")
+
+
+@torch.inference_mode()
+def choose_way(setting: Setting, batches: Sequence[int]) -> Way:
+    """The fastest for torchmetrics, by the better of two tries on at least as many images as the largest batch has."""
+    photos = Photos(setting.photos, setting.size)
+    num = min(len(photos), max(8, *batches))
+    pixels = torch.stack([photos[index] for index in range(num)])
+    ways = [Way(batch=batch, channels_last=layout) for batch in batches for layout in (False, True)]
+    seconds = {way: float("inf") for way in ways}
+    contenders = {layout: Torchmetrics(setting, Way(batch=1, channels_last=layout)) for layout in (False, True)}
+    for contender in contenders.values():
+        contender.update(pixels[:1])  # warms up
+    for way in ways * 2:
+        started = time.perf_counter()
+        for part in torch.split(pixels, way.batch):
+            contenders[way.channels_last].update(part)
+        seconds[way] = min(seconds[way], time.perf_counter() - started)
+    return min(ways, key=lambda way: seconds[way])
+
+
+def compare_runs(setting: Setting, way: Way, rounds: int) -> dict[str, list[Run]]:
+    """By turns; the first round warms up and is not kept."""
+    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+    for number in range(rounds + 1):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            found = run(side, setting, way)
+            if number:
+                runs[side].append(found)
+            print(f"round {number}, {side}: {found.num_images / found.images_s:.2f} images/s", file=sys.stderr)
+    return runs
+
+
+@torch.inference_mode()
+def compare_parts(setting: Setting, way: Way, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds per image of each step alone, by turns."""
+    device = torch.device("cpu")
+    files, protocol = find_images(setting.photos)[:8], protocol_of(setting)
+    photos = Photos(setting.photos, setting.size)
+    subject, theirs = open_subject(setting.vae, device, torch.float32), Torchmetrics(setting, way)
+    metrics = {name: build_metric(name, setting.weights) for name in METRICS[:3]}
+    inception = build_inception(setting.weights)
+    prepared = [prepare(index, file, protocol) for index, file in enumerate(files)]
+    pixels = torch.from_numpy(np.stack([each.pixels for each in prepared])).permute(0, 3, 1, 2)  # (B, 3, H, W), uint8
+    image = pixels.float() / 255
+    height, width = image.shape[2:]
+    recon = round_to_8_bits(subject.decode(subject.encode(image * 2 - 1).z, height, width))
+    levels = (recon * 255).round().to(torch.uint8)
+    plain = {name: tensor.contiguous() for name, tensor in (("pixels", pixels), ("image", image), ("recon", recon))}
+    updates = {"psnr": theirs.psnr, "ssim": theirs.ssim, "lpips_alex": theirs.lpips}
+
+    def their_fid(part: slice) -> None:
+        theirs.fid.update(plain["pixels"][part], real=True)
+        theirs.fid.update(levels[part].contiguous(), real=False)
+
+    def our_vae(part: slice) -> None:
+        subject.decode(subject.encode(image[part] * 2 - 1).z, height, width)
+
+    parts: dict[str, dict[str, tuple[int, Callable[[slice], Any]]]] = {
+        "reading": {
+            "ours": (1, lambda part: prepare(0, files[part.start], protocol)),
+            "torchmetrics": (1, lambda part: photos[part.start]),
+        },
+        "VAE": {
+            "ours": (1, our_vae),
+            "torchmetrics": (way.batch, lambda part: theirs.reconstruct(plain["image"][part] * 2 - 1)),
+        },
+    }
+    for name in METRICS[:3]:
+        parts[name] = {
+            "ours": (1, lambda part, name=name: metrics[name](recon[part], image[part])),
+            "torchmetrics": (
+                way.batch,
+                lambda part, name=name: updates[name].update(plain["recon"][part], plain["image"][part]),
+            ),
+        }
+    parts["FID features"] = {
+        "ours": (FEATURE_BATCH // 2, lambda part: inception(torch.cat([pixels[part], levels[part]]))),
+        "torchmetrics": (way.batch, their_fid),
+    }
+    found: dict[str, dict[str, list[float]]] = {name: {side: [] for side in SIDES} for name in parts}
+    for number in range(rounds + 1):
+        for name, sides in parts.items():
+            for side in SIDES if number % 2 else reversed(SIDES):
+                batch, function = sides[side]
+                started = time.perf_counter()
+                for start in range(0, len(files), batch):
+                    function(slice(start, start + batch))
+                if number:
+                    found[name][side].append((time.perf_counter() - started) / len(files))
+    return found
+
+
+def compare_peaks(way: Way) -> dict[str, int]:
+    """Bytes, measured by this script with the same arguments in processes of their own.
+
+    To be called while this process is small: on Linux, the largest size of a child begins with that of its parent.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--measure-peak"]
+
+    def measure(side: str) -> int:
+        last = [side, str(way.batch), str(int(way.channels_last))]
+        return int(subprocess.run([*command, *last], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+    return {side: measure(side) for side in SIDES}
+
+
+def measure_peak(side: str, setting: Setting, way: Way) -> int:
+    """Largest resident size of this process, bytes, after one run."""
+    import resource  # not on Windows
+
+    run(side, setting, way)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def as_report(runs: dict[str, list[Run]], parts: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    ours, theirs = (runs[side][0].numbers for side in SIDES)
+    return {
+        "runs": {side: [asdict(each) for each in found] for side, found in runs.items()},
+        "parts_s": parts,
+        "differences": {name: abs(ours[name] - theirs[name]) for name in METRICS},
+    }
+
+
+def as_table(report: dict[str, Any]) -> str:
+    head = (
+        "{images} images of {size_px} px, {cores} cores, {threads} threads, {workers} readers, {rounds} rounds, "
+        "torchmetrics in batches of {batch}{layout}, torch {torch}, diffusers {diffusers}, torchmetrics {torchmetrics}, "
+        "{cpu}"
+    )
+    setting = report["setting"]
+    lines = [head.format(layout=" in channels_last" * setting["channels_last"], **setting)]
+    lines += ["", f"{'':26}{'ours':>26}{'torchmetrics':>26}{'ratio':>8}"]
+    runs = report["runs"]
+
+    def columns(get: Callable[[dict[str, Any]], float]) -> list[list[float]]:
+        return [[get(each) for each in runs[side]] for side in SIDES]
+
+    def add(title: str, values: list[list[float]], *, more_is_better: bool = False) -> None:
+        ours, theirs = (median(column) for column in values)
+        ratio = ours / theirs if more_is_better else theirs / ours
+        cells = "".join(f"{_with_range(column):>26}" for column in values)
+        lines.append(f"{title:26}{cells}{ratio:>8.2f}")
+
+    add("images/s", columns(lambda each: each["num_images"] / each["images_s"]), more_is_better=True)
+    add("cpu, ms per image", columns(lambda each: each["images_cpu_s"] / each["num_images"] * 1e3))
+    for part, times in report["parts_s"].items():
+        add(f"part {part}, ms", [[seconds * 1e3 for seconds in times[side]] for side in SIDES])
+    add("set up, s", columns(lambda each: each["set_up_s"]))
+    add("finish, s", columns(lambda each: each["finish_s"]))
+    add("all of it, s", columns(lambda each: each["set_up_s"] + each["images_s"] + each["finish_s"]))
+    if peak := report["peak_bytes"]:
+        ratio = peak["torchmetrics"] / peak["ours"]
+        lines.append(f"{'peak, MB':26}{peak['ours'] / 1e6:>26.0f}{peak['torchmetrics'] / 1e6:>26.0f}{ratio:>8.2f}")
+    lines += ["", f"{'':26}{'ours':>26}{'torchmetrics':>26}{'difference':>12}"]
+    for name in METRICS:
+        ours, theirs = (runs[side][0]["numbers"][name] for side in SIDES)
+        lines.append(f"{name:26}{ours:>26.5f}{theirs:>26.5f}{report['differences'][name]:>12.1e}")
+    return "\n".join(lines)
+
+
+def _with_range(values: Sequence[float]) -> str:
+    digits = 2 if median(values) < 100 else 0
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
+
+
+def gather_photos(source: Path, count: int, folder: Path) -> Path:
+    """So many images in a fresh folder; the source's are taken again where they do not reach."""
+    files = find_images(source)
+    folder.mkdir()
+    for number in range(count):
+        path = files[number % len(files)].path
+        shutil.copy(path, folder / f"{number:05d}{path.suffix}")
+    return folder
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--weights", type=Path, metavar="FOLDER", help="of AlexNet and Inception; default: usual places"
+    )
+    parser.add_argument("--photos", type=Path, default=PHOTOS, metavar="FOLDER", help="(default: the bundled ones)")
+    parser.add_argument("--images", type=int, default=24, help="photos in use, repeated if need be (%(default)s)")
+    parser.add_argument("--vae", type=Path, default=bundled_path(), help="folder of a VAE (default: the bundled one)")
+    parser.add_argument("--size", type=int, default=256, help="side that photos get, px (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="counted runs of each (default: %(default)s)")
+    parser.add_argument("--batches", default="1,4,8", help="that torchmetrics tries (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="that read (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
+    parser.add_argument(
+        "--measure-peak", nargs=3, metavar=("SIDE", "BATCH", "LAYOUT"), help=argparse.SUPPRESS
+    )  # how the script calls itself
+    arguments = parser.parse_args(words)
+    try:
+        arguments.batches = tuple(int(batch) for batch in arguments.batches.split(","))
+    except ValueError:
+        parser.error("--batches must be whole numbers with commas between them")
+    if min(*arguments.batches, arguments.rounds, arguments.threads, arguments.workers) < 1 or arguments.images < 2:
+        parser.error("--batches, --rounds, --threads and --workers must be at least 1, --images 2")
+    if arguments.size < 64 or arguments.size % 8:
+        parser.error("--size must be a multiple of 8, at least 64")
+    return arguments
+
+
+def description(arguments: argparse.Namespace, way: Way) -> dict[str, Any]:
+    from diffusers import __version__ as diffusers_version
+    from torchmetrics import __version__ as torchmetrics_version
+
+    return {
+        "images": arguments.images,
+        "size_px": arguments.size,
+        "cores": num_cores(),
+        "threads": arguments.threads,
+        "workers": arguments.workers,
+        "rounds": arguments.rounds,
+        "batch": way.batch,
+        "channels_last": way.channels_last,
+        "torch": torch.__version__,
+        "diffusers": diffusers_version,
+        "torchmetrics": torchmetrics_version,
+        "cpu": cpu_name(),
+    }
+
+
+def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
+    """One, with its folders for as long as it is in use."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(
+            photos=gather_photos(arguments.photos, arguments.images, Path(folder) / "photos"),
+            scratch=Path(folder),
+            weights=arguments.weights,
+            vae=arguments.vae,
+            size=arguments.size,
+            workers=arguments.workers,
+        )
+        write_their_weights(setting)
+        yield setting
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")  # of the packages, on how they will change
+    for setting in settings(arguments):
+        if arguments.measure_peak:
+            side, batch, layout = arguments.measure_peak
+            print(measure_peak(side, setting, Way(batch=int(batch), channels_last=bool(int(layout)))))
+            return
+        way = choose_way(setting, arguments.batches)
+        report = {"setting": description(arguments, way), "peak_bytes": None}
+        if sys.platform != "win32":
+            report["peak_bytes"] = compare_peaks(way)
+        runs = compare_runs(setting, way, arguments.rounds)
+        report |= as_report(runs, compare_parts(setting, way, arguments.rounds))
+    print(as_table(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if wrong := [name for name, tolerance in TOLERANCES.items() if report["differences"][name] > tolerance]:
+        sys.exit(f"more than rounding lies between the two sides: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
