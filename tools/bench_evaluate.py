@@ -38,6 +38,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -174,7 +175,7 @@ class Torchmetrics:
         self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
         if way.channels_last:
             for network in (self.vae, self.lpips.net, self.fid.inception):
-                nn.Module.to(network, memory_format=torch.channels_last)
+                nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample  # type: ignore[no-any-return]
@@ -489,8 +490,9 @@ def description(arguments: argparse.Namespace, ways: Mapping[str, Way]) -> dict[
     }
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
-    """One, with its folders for as long as it is in use."""
+@contextmanager
+def prepared_setting(arguments: argparse.Namespace) -> Iterator[Setting]:
+    """With folders of photos and weights, for as long as they are in use."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
             photos=gather_photos(arguments.photos, arguments.images, Path(folder) / "photos"),
@@ -508,7 +510,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")  # of the packages, on how they will change
-    for setting in settings(arguments):
+    with prepared_setting(arguments) as setting:
         if arguments.measure_peak:
             side, batch = arguments.measure_peak
             ways = {name: Way(batch=int(batch), channels_last=layout) for name, layout in LAYOUTS.items()}
@@ -517,7 +519,7 @@ def main() -> None:
         ways = choose_ways(setting, arguments.batches)
         peaks = compare_peaks(ways) if sys.platform == "linux" else None
         runs = compare_runs(setting, ways, arguments.rounds)
-        report = {
+        report: dict[str, Any] = {
             "setting": description(arguments, ways),
             "runs": {side: [asdict(each) for each in found] for side, found in runs.items()},
             "parts_s": compare_parts(setting, ways, arguments.rounds),

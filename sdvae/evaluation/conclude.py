@@ -194,6 +194,8 @@ def _vaes(
     found = []
     for entrant in plan.entrants:
         subject, values = setup.subjects[entrant.id], table.values[entrant.id]
+        per_channel = subject.latents_mean is not None and subject.latents_std is not None
+        configured = (None, None) if per_channel else (subject.scaling_factor, subject.shift_factor)
         found.append(
             {
                 "id": entrant.id,
@@ -205,7 +207,7 @@ def _vaes(
                 "seconds_per_megapixel": {
                     step: seconds / table.megapixels for step, seconds in table.seconds[entrant.id].items()
                 },
-                "latents": health[entrant.id].health(subject.scaling_factor, subject.shift_factor),
+                "latents": health[entrant.id].health(*configured),
                 "stress": _stress(setup, subject, images_for_stress),
             }
         )

@@ -709,11 +709,12 @@ def test_autoencoders_compute_in_the_protocols_dtype(photos: Path, tmp_path: Pat
 
 def test_the_dataset_is_described_as_it_was_measured(photos: Path, tmp_path: Path, mine: Path) -> None:
     (photos / "broken.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 60)).save(photos / "tall.png")
     first = run(photos, tmp_path / "out", mine).dataset
-    assert (first["source"], first["num_found"], first["num_images"]) == (str(photos), 6, 5)
-    assert first["sizes"] == {"min_px": 33, "max_px": 90, "distinct": 3}
+    assert (first["source"], first["num_found"], first["num_images"]) == (str(photos), 7, 6)
+    assert first["sizes"] == {"min_px": 33, "max_px": 90, "distinct": 4}
     fewer = run(photos, tmp_path / "fewer", mine, protocol=replace(PLAIN, max_images=3)).dataset
-    assert (fewer["num_found"], fewer["num_images"] + len(fewer["unreadable"])) == (6, 3)
+    assert (fewer["num_found"], fewer["num_images"] + len(fewer["unreadable"])) == (7, 3)
     os.utime(photos / "five.png", (1, 1))
     assert run(photos, tmp_path / "touched", mine).dataset["digest"] == first["digest"]
     Image.new("RGB", (40, 40), "red").save(photos / "five.png")
@@ -735,6 +736,31 @@ def test_times_are_per_megapixel_of_all_blocks(
     for step in ("encode", "decode"):
         seconds = sum(block.seconds["mine"][step] for block in saved)
         assert found[step] == pytest.approx(seconds / megapixels) and seconds > 0
+
+
+def test_notes_on_the_latents_know_the_configured_scale(
+    photos: Path, tmp_path: Path, make_vae: Callable[..., Path]
+) -> None:
+    def notes(name: str, **fields: Any) -> list[str]:
+        result = run(photos, tmp_path / name, make_vae(name, **fields))
+        return [note for note in result.vaes[0]["latents"]["notes"] if "scaling_factor" in note]
+
+    (note,) = notes("far", scaling_factor=1234.5)
+    assert "1234.5" in note
+    # one number for all channels does not say how they are scaled, so it is not judged
+    assert notes("each", scaling_factor=1234.5, latents_mean=[0.0] * 4, latents_std=[1.0] * 4) == []
+
+
+def test_without_stress_tests_and_pictures_no_image_is_read_again(
+    photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_conclude(*arguments: Any) -> EvaluationResult:
+        shutil.rmtree(photos)
+        return conclude.conclude(*arguments)
+
+    monkeypatch.setattr(runner, "conclude", then_conclude)
+    result = run(photos, tmp_path / "out", mine, gallery_images=0)
+    assert result.warnings == [] and result.gallery == []
 
 
 @pytest.mark.slow

@@ -215,7 +215,7 @@ def test_merged_parts_in_any_order_equal_one_pass(vae_path: Path, other_vae_path
     found = merged.result("mine", "theirs")
     assert json.dumps(found, indent=0).count("\n") == json.dumps(whole, indent=0).count("\n")
     assert found["drift"]["latents_rms"] == pytest.approx(whole["drift"]["latents_rms"], rel=1e-5)
-    assert found["drift"]["correlation"] == pytest.approx(whole["drift"]["correlation"], abs=1e-5)
+    assert found["drift"]["correlation"] == pytest.approx(whole["drift"]["correlation"], abs=1e-4)  # of the encoders
     assert found["drift"]["kl_nats"] == pytest.approx(whole["drift"]["kl_nats"], rel=1e-4)
     assert found["decode_loss_db"] == pytest.approx(whole["decode_loss_db"], abs=1e-3)
     assert found["verdict"] == whole["verdict"]
