@@ -415,6 +415,9 @@ def test_comparisons_subtract_the_reference(photos: Path, tmp_path: Path, mine: 
 def test_the_swap_test_uses_as_many_images_as_asked_for(photos: Path, tmp_path: Path, mine: Path, other: Path) -> None:
     result = run(photos, tmp_path / "out", mine, reference=other, swap_images=2)
     assert result.comparisons[0]["swap"]["num_images"] == 2
+    options = EvaluateOptions(swap_images=2)
+    plan = runner.plan_evaluation(photos, [mine], other, tmp_path / "out", PLAIN, options)
+    assert runner.set_up(plan).swap_images == {0, 2}, "evenly spaced"
 
 
 @pytest.mark.slow
