@@ -71,11 +71,15 @@ class BlockStore:
                     f"{self.folder.parent} holds an interrupted evaluation that differs in {', '.join(differing)}: "
                     "repeat its command to finish it, choose another --out, or give it up with --overwrite"
                 )
-        self.discard()
+        self._discard()
         write_atomic(json.dumps(run, indent=1).encode(), path)
 
-    def discard(self) -> None:
-        """Remove the folder."""
+    def close(self, run: dict[str, Any]) -> None:
+        """Remove the folder of a run that is finished; that of another run, which may go on, is left."""
+        if _read_run(self.folder / "run.json") == run:
+            self._discard()
+
+    def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, number: int) -> bool:

@@ -84,7 +84,7 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
             "slices": table.slices,
             "values": table.values,
         },
-        gallery=[gallery_entry(prepared, setup.subjects) for prepared in gallery],
+        gallery=[gallery_entry(prepared, setup.subjects, plan.protocol) for prepared in gallery],
         environment={
             "device": str(setup.processes.device),
             "num_processes": setup.processes.count,

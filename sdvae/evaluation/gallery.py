@@ -16,7 +16,9 @@ from torch import Tensor
 
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.metrics import IMAGE_METRICS
+from sdvae.evaluation.protocol import Protocol
 from sdvae.evaluation.subject import Subject, round_to_8_bits
+from sdvae.model.posterior import image_generator
 
 __all__ = ["MAX_PICTURE_PX", "choose_gallery", "gallery_entry"]
 
@@ -33,7 +35,8 @@ def choose_gallery(
     if num_images <= num_wanted:
         return list(range(num_images))
     chosen = {index * num_images // (num_wanted // 2 or 1) for index in range(num_wanted // 2)}
-    rankings = [_worst_first(column, name) for metrics in values.values() for name, column in metrics.items()]
+    names = dict.fromkeys(name for metrics in values.values() for name in metrics)
+    rankings = [_worst_first(each[name], name) for name in names for each in values.values() if name in each]
     for rank in range(num_images):
         for ranking in rankings:
             if len(chosen) >= num_wanted:
@@ -49,15 +52,19 @@ def _worst_first(column: Sequence[float | None], name: str) -> list[int]:
     return sorted(present, key=lambda place: (float(goodness(column[place])), place))
 
 
-def gallery_entry(prepared: Prepared, subjects: Mapping[str, Subject]) -> dict[str, Any]:
-    """An entry of `gallery`, see docs/evaluation-result.md; reconstructions in z = mode."""
+def gallery_entry(prepared: Prepared, subjects: Mapping[str, Subject], protocol: Protocol) -> dict[str, Any]:
+    """An entry of `gallery`, see docs/evaluation-result.md, with the reconstructions that were measured."""
     height, width = prepared.pixels.shape[:2]
     left, top = (max(0, (side - MAX_PICTURE_PX) // 2) for side in (width, height))
     right, bottom = min(width, left + MAX_PICTURE_PX), min(height, top + MAX_PICTURE_PX)
     x = torch.from_numpy(prepared.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     reconstructions = {}
     for id_, subject in subjects.items():
-        recon = subject.decode(subject.encode(x).z, height, width)
+        encoding = subject.encode(x)
+        z = encoding.z
+        if protocol.posterior == "sample":
+            z = encoding.draw([image_generator(protocol.seed, prepared.key)])
+        recon = subject.decode(z, height, width)
         reconstructions[id_] = _data_uri(_to_pixels(round_to_8_bits(recon)[0])[top:bottom, left:right])
     return {
         "key": prepared.key,

@@ -97,7 +97,7 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
         published=published_rows(options.published) if options.published else [],
     )
     _write(setup.plan, result)
-    store.discard()
+    store.close(setup.inputs)
     return result
 
 

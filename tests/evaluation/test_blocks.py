@@ -58,3 +58,14 @@ def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
     assert store.has(0), "a refusal throws nothing away"
     BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=True)
     assert not store.has(0)
+
+
+def test_a_finished_run_removes_its_own_folder_and_no_other(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path / "blocks")
+    store.close(RUN)  # nothing there
+    store.open(RUN, overwrite=False)
+    store.save(0, block())
+    store.close(RUN | {"images": "sha256:9"})
+    assert store.has(0)
+    store.close(RUN)
+    assert not store.folder.exists()

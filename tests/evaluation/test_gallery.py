@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from PIL import Image
 
 from sdvae.evaluation.gallery import MAX_PICTURE_PX, choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared
+from sdvae.evaluation.protocol import PRESETS
 from sdvae.evaluation.subject import Subject, open_subject, round_to_8_bits
+from sdvae.model.posterior import image_generator
 
 NUM = 100
 GENERATOR = np.random.default_rng(0)
@@ -104,7 +107,7 @@ def reconstruction(subject: Subject, pixels: NDArray[np.uint8]) -> Any:
 
 def test_pictures_hold_exactly_the_original_and_what_the_vae_makes_of_it(subject: Subject) -> None:
     image = prepared(45, 30)
-    entry = gallery_entry(image, {"mine": subject})
+    entry = gallery_entry(image, {"mine": subject}, PRESETS["native"])
     assert (entry["key"], entry["width"], entry["height"], entry["crop"]) == (image.key, 45, 30, [0, 0, 45, 30])
     assert np.array_equal(decoded(entry["original"]), image.pixels)
     assert [*entry["reconstructions"]] == ["mine"]
@@ -114,7 +117,7 @@ def test_pictures_hold_exactly_the_original_and_what_the_vae_makes_of_it(subject
 def test_each_vae_shows_its_own_reconstruction(subject: Subject, other_vae_path: Path) -> None:
     image = prepared(32, 24)
     subjects = {"mine": subject, "theirs": open_subject(other_vae_path, torch.device("cpu"), torch.float32)}
-    pictures = gallery_entry(image, subjects)["reconstructions"]
+    pictures = gallery_entry(image, subjects, PRESETS["native"])["reconstructions"]
     for id_, each in subjects.items():
         assert np.array_equal(decoded(pictures[id_]), reconstruction(each, image.pixels))
 
@@ -128,9 +131,25 @@ def test_of_a_large_image_the_centre_of_the_whole_reconstruction_is_shown(
     width: int, height: int, crop: list[int], subject: Subject
 ) -> None:
     image = prepared(width, height)
-    entry = gallery_entry(image, {"mine": subject})
+    entry = gallery_entry(image, {"mine": subject}, PRESETS["native"])
     assert entry["crop"] == crop and max(crop[2:]) <= MAX_PICTURE_PX
     left, top, columns, rows = crop
     part = np.s_[top : top + rows, left : left + columns]
     assert np.array_equal(decoded(entry["original"]), image.pixels[part])
     assert np.array_equal(decoded(entry["reconstructions"]["mine"]), reconstruction(subject, image.pixels)[part])
+
+
+def test_of_a_sampled_posterior_the_draw_that_was_measured_is_shown(subject: Subject) -> None:
+    image = prepared(32, 24)
+    picture = gallery_entry(image, {"mine": subject}, replace(PRESETS["native"], posterior="sample", seed=5))
+    encoding = subject.encode(torch.from_numpy(image.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    recon = round_to_8_bits(subject.decode(encoding.draw([image_generator(5, image.key)]), 24, 32))[0]
+    expected = (recon * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(decoded(picture["reconstructions"]["mine"]), expected)
+    assert not np.array_equal(expected, reconstruction(subject, image.pixels))
+
+
+def test_each_vae_has_its_worst_images_in_before_any_has_more() -> None:
+    values = {name: {"psnr": column(place, 1.0, 30.0)} for name, place in (("a", 3), ("b", 57), ("c", 91))}
+    chosen = choose_gallery(values, NUM, 4)
+    assert {3, 57} <= set(chosen)
