@@ -70,7 +70,7 @@ class Measurement:
         prepared = sorted(prepared, key=lambda each: each.index)
         work = _Work(self, prepared)
         device = next(iter(self.subjects.values())).device
-        # Metrics in a thread of their own, with as many OpenMP threads as the VAE. On one core this is up to 2 % slower
+        # Metrics in a thread of their own, with as many OpenMP threads as the VAE. On one core this is up to 3 % slower
         # than by turns, on two 3 %; but there, beside a program that keeps a core busy, it is some ten times faster,
         # since libgomp stops spinning at barriers once it has more threads than cores. Half of the threads for each
         # was 19 % slower than all for both: one of the two always waits.
