@@ -22,7 +22,7 @@ from sdvae.evaluation.protocol import Protocol
 
 __all__ = ["BLOCK_IMAGES", "Prepared", "blocks_of", "choose_images", "prepare", "slice_of", "stand_digest"]
 
-BLOCK_IMAGES = 32  # small enough to lose little by an interruption; the statistics of a block take about 100 KB
+BLOCK_IMAGES = 16  # an interruption loses few; 16 photographs of 24 megapixels take 1.2 GB while they are measured
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
