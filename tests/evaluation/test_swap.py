@@ -206,7 +206,8 @@ def test_drift_and_matrix_equal_a_direct_computation(vae_path: Path, images: lis
 
 
 def test_merged_parts_in_any_order_equal_one_pass(vae_path: Path, other_vae_path: Path, images: list[Tensor]) -> None:
-    pair = [open_subject(path, CPU, torch.float32) for path in (vae_path, other_vae_path)]
+    # float64: in float32 the encoders themselves round otherwise for another batch or number of threads
+    pair = [open_subject(path, CPU, torch.float64) for path in (vae_path, other_vae_path)]
     whole = result(*pair, images)
     merged = SwapTest(*pair)
     for part in (images[2:], [torch.cat(images[:2])]):
@@ -215,7 +216,7 @@ def test_merged_parts_in_any_order_equal_one_pass(vae_path: Path, other_vae_path
     found = merged.result("mine", "theirs")
     assert json.dumps(found, indent=0).count("\n") == json.dumps(whole, indent=0).count("\n")
     assert found["drift"]["latents_rms"] == pytest.approx(whole["drift"]["latents_rms"], rel=1e-5)
-    assert found["drift"]["correlation"] == pytest.approx(whole["drift"]["correlation"], abs=1e-4)  # of the encoders
+    assert found["drift"]["correlation"] == pytest.approx(whole["drift"]["correlation"], abs=1e-5)
     assert found["drift"]["kl_nats"] == pytest.approx(whole["drift"]["kl_nats"], rel=1e-4)
     assert found["decode_loss_db"] == pytest.approx(whole["decode_loss_db"], abs=1e-3)
     assert found["verdict"] == whole["verdict"]
