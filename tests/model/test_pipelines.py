@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     DiffusionPipeline,
     PNDMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import to_diffusers
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -33,14 +44,14 @@ SCHEDULERS = {
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything that a Stable Diffusion pipeline has beside VAE and scheduler."""
+def text_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tokenizer of a few letters, and the configuration of a text encoder that takes its tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    text_config = CLIPTextConfig(
+    config = CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=16,
         intermediate_size=32,
@@ -52,25 +63,66 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         eos_token_id=len(tokens) - 1,
         pad_token_id=len(tokens) - 1,
     )
+    return {"tokenizer": CLIPTokenizer.from_pretrained(folder, model_max_length=16), "config": config}
+
+
+def build_unet(**fields: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        **fields,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def parts(text_parts: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a Stable Diffusion pipeline has beside VAE and scheduler."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {
-            "tokenizer": CLIPTokenizer.from_pretrained(folder, model_max_length=16),
-            "text_encoder": CLIPTextModel(text_config).eval(),
-            "unet": UNet2DConditionModel(
-                sample_size=8,
-                block_out_channels=(8, 16),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                layers_per_block=1,
-                norm_num_groups=4,
-                attention_head_dim=8,
-                cross_attention_dim=16,
-            ).eval(),
+            "tokenizer": text_parts["tokenizer"],
+            "text_encoder": CLIPTextModel(text_parts["config"]).eval(),
+            "unet": build_unet(cross_attention_dim=16),
             "safety_checker": None,
             "feature_extractor": None,
             "requires_safety_checker": False,
         }
+
+
+@pytest.fixture(scope="module")
+def xl_parts(text_parts: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a Stable Diffusion XL pipeline has beside VAE and scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {
+            "tokenizer": text_parts["tokenizer"],
+            "tokenizer_2": text_parts["tokenizer"],
+            "text_encoder": CLIPTextModel(text_parts["config"]).eval(),
+            "text_encoder_2": CLIPTextModelWithProjection(text_parts["config"]).eval(),
+            "unet": build_unet(
+                cross_attention_dim=32,  # of both encoders
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=6 * 4 + 16,
+            ),
+            "add_watermarker": False,
+        }
+
+
+def with_controlnet(parts: dict[str, Any]) -> dict[str, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4, 4, 4))
+        # as made it adds zeros, so it would not show whether it sees its picture
+        for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+            torch.nn.init.normal_(block.weight, std=0.3)
+        torch.nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    return parts | {"controlnet": controlnet.eval()}
 
 
 @pytest.fixture
@@ -124,6 +176,84 @@ def test_image_to_image_gives_equal_images_with_either_class(parts: Any, pair: A
     )
     assert ours.shape == (2, 64, 48, 3)
     np.testing.assert_allclose(ours, stock, rtol=0, atol=1e-5)
+
+
+SIZE = {"height": 64, "width": 48}
+
+
+def mask() -> torch.Tensor:
+    """The upper half is to be painted."""
+    return (torch.arange(64) < 32).float().view(1, 1, 64, 1).expand(2, 1, 64, 48).contiguous()
+
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "inpaint": (StableDiffusionInpaintPipeline, {"image": photos(), "mask_image": mask(), "strength": 0.7, **SIZE}),
+    "controlnet": (StableDiffusionControlNetPipeline, {"image": photos(), **SIZE}),
+    "controlnet image-to-image": (
+        StableDiffusionControlNetImg2ImgPipeline,
+        {"image": photos(), "control_image": photos().flip(3), "strength": 0.7, **SIZE},
+    ),
+    "controlnet inpaint": (
+        StableDiffusionControlNetInpaintPipeline,
+        {"image": photos(), "mask_image": mask(), "control_image": photos().flip(3), "strength": 0.7, **SIZE},
+    ),
+    "xl": (StableDiffusionXLPipeline, SIZE),
+    "xl image-to-image": (StableDiffusionXLImg2ImgPipeline, {"image": photos(), "strength": 0.7}),
+    "xl inpaint": (
+        StableDiffusionXLInpaintPipeline,
+        {"image": photos(), "mask_image": mask(), "strength": 0.7, **SIZE},
+    ),
+    "xl controlnet": (StableDiffusionXLControlNetPipeline, {"image": photos(), **SIZE}),
+}
+
+
+def build_kind(kind: str, parts: dict[str, Any], xl_parts: dict[str, Any], vae: Any) -> Any:
+    used = xl_parts if kind.startswith("xl") else parts
+    return build(KINDS[kind][0], with_controlnet(used) if "controlnet" in kind else used, vae)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pipeline_gives_equal_images_with_either_class_and_when_optimized(
+    parts: Any, xl_parts: Any, pair: Any, kind: str
+) -> None:
+    arguments = KINDS[kind][1]
+    expected = generate(build_kind(kind, parts, xl_parts, pair.stock), **arguments)
+    assert expected.shape == (2, 64, 48, 3)
+    np.testing.assert_allclose(
+        generate(build_kind(kind, parts, xl_parts, pair.ours), **arguments), expected, rtol=0, atol=1e-5
+    )
+    pipeline = build_kind(kind, parts, xl_parts, pair.stock)
+    assert optimize(pipeline) is pipeline and type(pipeline.vae) is AutoencoderKL
+    np.testing.assert_allclose(generate(pipeline, **arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["xl", "xl image-to-image"])
+def test_xl_pipelines_use_the_mean_and_std_of_our_config(xl_parts: Any, levels: Any, make_pair: Any, kind: str) -> None:
+    plain, scaled = (
+        make_pair(**levels(sample_size=64, **more))
+        for more in ({}, {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.5, 0.7, 1.0, 2.0]})
+    )
+    arguments = KINDS[kind][1]
+    images = [generate(build_kind(kind, {}, xl_parts, vae), **arguments) for vae in (scaled.ours, scaled.stock)]
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-5)
+    assert abs(images[0] - generate(build_kind(kind, {}, xl_parts, plain.ours), **arguments)).max() > 1e-2
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' pipeline calls it itself
+def test_an_xl_pipeline_upcasts_our_half_precision_vae_where_its_config_says_so(
+    xl_parts: Any, levels: Any, make_pair: Any, force_upcast: bool
+) -> None:
+    pair = make_pair(**levels(sample_size=64, force_upcast=force_upcast))
+    images = []
+    for vae in (pair.ours, pair.stock):
+        dtypes: list[torch.dtype] = []
+        vae.decoder.register_forward_pre_hook(lambda module, inputs, seen=dtypes: seen.append(inputs[0].dtype))
+        pipeline = build(StableDiffusionXLPipeline, copy.deepcopy(xl_parts), vae).to(torch.float16)
+        images.append(generate(pipeline, **SIZE))
+        assert set(dtypes) == {torch.float32 if force_upcast else torch.float16}
+        assert vae.dtype == torch.float16
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-5 if force_upcast else 1e-2)
 
 
 def test_the_switches_of_a_pipeline_reach_our_class(parts: Any, pair: Any) -> None:

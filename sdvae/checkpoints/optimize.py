@@ -1,0 +1,74 @@
+"""Our faster class in the place of diffusers', in memory: the same weights, the same numbers within rounding."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sdvae.errors import ConfigError
+from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.device import preferred_memory_format
+
+__all__ = ["optimize"]
+
+T = TypeVar("T")
+
+_SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+
+
+def optimize(model: T) -> T | AutoencoderKL:
+    """Make a pipeline, or an autoencoder on its own, faster.
+
+    model: any diffusers pipeline whose `vae` is diffusers' AutoencoderKL, which is replaced within it; or such a VAE.
+        An AutoencoderKL of sdvae is only laid out for its device. Device, dtype, mode, slicing and tiling are kept;
+        the weights are shared, so a VAE takes no more memory after the call than before.
+    Returns: the pipeline that was given, or for a VAE the one to use in its place.
+    Raises: ConfigError for a VAE of another class, one that is compiled, fused or offloaded, and where there is none.
+    """
+    if not hasattr(model, "register_modules"):
+        return _optimized(model, "the model")
+    if not isinstance(vae := getattr(model, "vae", None), nn.Module):
+        raise ConfigError(f"{type(model).__name__} has no vae; expected a pipeline with one, or the VAE itself")
+    optimized = _optimized(vae, f"the vae of {type(model).__name__}")
+    if optimized is not vae:
+        model.register_modules(vae=optimized)
+    return model
+
+
+def _optimized(vae: Any, name: str) -> AutoencoderKL:
+    ours = vae if isinstance(vae, AutoencoderKL) else _shared(vae, name)
+    device = next(ours.parameters()).device
+    return ours.to(memory_format=preferred_memory_format(device))  # type: ignore[no-any-return]
+
+
+def _shared(stock: Any, name: str) -> AutoencoderKL:
+    """Our class around the tensors of diffusers' one."""
+    from diffusers import AutoencoderKL as StockAutoencoderKL
+
+    if type(stock) is not StockAutoencoderKL:
+        raise ConfigError(
+            f"{name} is {type(stock).__module__}.{type(stock).__name__}; only diffusers' AutoencoderKL can be replaced, "
+            f"before it is compiled or wrapped"
+        )
+    if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in stock.modules()):
+        raise ConfigError(f"{name} is offloaded: its weights come and go by hooks; optimize first, then offload")
+    fields = {field: value for field, value in stock.config.items() if not field.startswith("_")}
+    with torch.device("meta"):
+        ours = AutoencoderKL(**fields)
+    state = stock.state_dict()
+    if unknown := sorted(set(state) ^ set(ours.state_dict())):
+        raise ConfigError(
+            f"{name} has other weights than an AutoencoderKL, {len(unknown)}, the first `{unknown[0]}`; undo what "
+            f"changed it (unfuse_qkv_projections, unload adapters) and optimize first"
+        )
+    ours.load_state_dict(state, assign=True)
+    trained = {parameter_name: parameter.requires_grad for parameter_name, parameter in stock.named_parameters()}
+    for parameter_name, parameter in ours.named_parameters():
+        parameter.requires_grad_(trained[parameter_name])
+    for switch in _SWITCHES:
+        setattr(ours, switch, getattr(stock, switch))
+    if stock.is_gradient_checkpointing:
+        ours.enable_gradient_checkpointing()
+    return ours.train(stock.training)
