@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sdvae._version import __version__
 
 if TYPE_CHECKING:
+    from sdvae.checkpoints.convert import convert
+    from sdvae.checkpoints.optimize import optimize
     from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
     from sdvae.codec.run import decode_folder, encode_folder
+    from sdvae.evaluation.calibrate import calibrate
     from sdvae.evaluation.runner import evaluate
     from sdvae.model.autoencoder import AutoencoderKL
     from sdvae.training.loop import train
@@ -22,8 +25,11 @@ _HOMES = {
     "load_autoencoder": "sdvae.checkpoints.store",
     "save_autoencoder": "sdvae.checkpoints.store",
     "to_diffusers": "sdvae.checkpoints.store",
+    "convert": "sdvae.checkpoints.convert",
+    "optimize": "sdvae.checkpoints.optimize",
     "encode_folder": "sdvae.codec.run",
     "decode_folder": "sdvae.codec.run",
+    "calibrate": "sdvae.evaluation.calibrate",
     "evaluate": "sdvae.evaluation.runner",
     "train": "sdvae.training.loop",
 }
@@ -31,10 +37,13 @@ _HOMES = {
 __all__ = [
     "AutoencoderKL",
     "__version__",
+    "calibrate",
+    "convert",
     "decode_folder",
     "encode_folder",
     "evaluate",
     "load_autoencoder",
+    "optimize",
     "save_autoencoder",
     "to_diffusers",
     "train",

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdvae.checkpoints import formats, store
-from sdvae.checkpoints.formats import Kind
+from sdvae.checkpoints import formats, read, store
+from sdvae.checkpoints.fit import config_fields, first_not_finite, key_problems
+from sdvae.checkpoints.keys import current_attention_names
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["load_any_autoencoder"]
-
-_KINDS = (Kind.FILE, Kind.OTHER, Kind.TINY)
 
 
 def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
@@ -33,17 +32,19 @@ def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
         does not describe it, and for damaged, misfitting, non-finite or unsafe weights; MissingWeightsError where there
         is nothing to load.
     """
-    found = store.locate(ref, None, None, False)
-    config_path = store.config_path_for(found)
-    config = formats.read_json(config_path)
+    found = read.locate(ref)
+    config = formats.read_json(found.config) if found.config else {}
     name = config.get("_class_name", AutoencoderKL.__name__)
-    if name == AutoencoderKL.__name__:
+    if found.config is None or name == AutoencoderKL.__name__:
         return store.load_autoencoder(found.weights if found.weights.suffix != ".json" else found.weights.parent)
+    config_path = found.config
     model = _build(_class(str(name), config_path), config, config_path)
-    tensors = store.read_weights(found, _KINDS)
-    if problems := store.key_problems(tensors, model.state_dict()):
+    stored = read.read_weights(found.weights)
+    names = current_attention_names(stored)
+    tensors = {names[name]: tensor for name, tensor in stored.items()}
+    if problems := key_problems(tensors, model.state_dict()):
         raise CheckpointError(f"{found.weights}: the weights do not fit {config_path}: {problems}")
-    if bad := store.first_not_finite(tensors):
+    if bad := first_not_finite(tensors):
         raise CheckpointError(f"{found.weights}: `{bad}` has values that are not finite")
     model.load_state_dict(tensors, strict=True)  # copied into the model's own float32, whatever the file has
     return model.eval()
@@ -65,7 +66,7 @@ def _class(name: str, config_path: Path) -> type[nn.Module]:
 
 
 def _build(kind: type[nn.Module], config: Mapping[str, Any], config_path: Path) -> nn.Module:
-    fields = store.config_fields(config)
+    fields = config_fields(config)
     arguments = set(inspect.signature(kind.__init__).parameters)
     try:
         with torch.random.fork_rng(devices=[]):  # what loads weights must not move the caller's random numbers

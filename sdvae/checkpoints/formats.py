@@ -1,6 +1,6 @@
 """Says what a path holds, and from which evidence: file names and the header of a safetensors file, never the weights.
 
-Imports no torch. Pickle files are not opened here; `store` opens them with `weights_only=True`.
+Imports no torch. Pickle files are not opened here; `read` opens them with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from sdvae.errors import CheckpointError
 
 __all__ = [
     "CONFIG_NAME",
+    "FAMILIES",
     "PICKLE_SUFFIXES",
     "WEIGHTS_NAME",
     "WEIGHT_SUFFIXES",
+    "Family",
     "Found",
     "Kind",
+    "Layout",
     "VaeFiles",
     "find_vae_files",
     "identify",
-    "kind_of_keys",
+    "layout_of",
     "list_names",
     "read_json",
     "read_shapes",
@@ -46,8 +49,11 @@ _VARIANT = re.compile(
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
-_DIFFUSERS_KEY = re.compile(r"(.*?)(?:encoder\.down|decoder\.up)_blocks\.\d+\.resnets\.\d+\.norm1\.weight")
-_LDM_KEY = re.compile(r"(.*?)(?:encoder\.down|decoder\.up)\.\d+\.block\.\d+\.norm1\.weight")
+_VAE_KEY = re.compile(
+    r"(?P<prefix>.*?)(?:encoder\.down|decoder\.up)"
+    r"(?:(?P<ldm>\.\d+\.block)|_blocks\.\d+\.resnets)\.\d+\.norm1\.weight"
+)
+_DIFFUSION_MODEL = "model.diffusion_model."
 _TINY_KEY = re.compile(r"(?:encoder\.layers\.|decoder\.layers\.|)\d+\.conv\.0\.weight")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -75,6 +81,51 @@ class Found:
     evidence: str  # a phrase: which file or key showed it
     weights: Path  # the weights file, or the index of several
     config: Path | None  # the config.json that belongs to it, if there is one
+    prefix: str = ""  # before the VAE's keys; known where the keys have been looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the keys of a weights file are laid out."""
+
+    kind: Kind
+    evidence: str
+    prefix: str = ""  # before the VAE's own keys
+    family: str | None = None  # a key of FAMILIES, where the file is a whole checkpoint of a known program
+
+    @property
+    def is_ldm(self) -> bool:
+        """Whether the names are LDM's; else they are diffusers'."""
+        return self.kind in (Kind.LDM, Kind.LDM_CHECKPOINT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a whole checkpoint of one diffusion model says about its VAE."""
+
+    keys: tuple[str, ...]  # parts of names, each of which some name has
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float | None = None
+
+
+# The constants of each program that runs the model.
+FAMILIES = {
+    # CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml; the same in Stability-AI/stablediffusion
+    "Stable Diffusion 1 or 2": Family(
+        keys=(f"{_DIFFUSION_MODEL}input_blocks.", "cond_stage_model."), latent_channels=4, scaling_factor=0.18215
+    ),
+    # Stability-AI/generative-models, configs/inference/sd_xl_base.yaml
+    "SDXL": Family(
+        keys=(f"{_DIFFUSION_MODEL}input_blocks.", "conditioner.embedders."), latent_channels=4, scaling_factor=0.13025
+    ),
+    # Stability-AI/sd3-ref, sd3_impls.py
+    "SD3": Family(
+        keys=(f"{_DIFFUSION_MODEL}joint_blocks.",), latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609
+    ),
+    # black-forest-labs/flux, src/flux/util.py
+    "FLUX": Family(keys=("double_blocks.",), latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +141,16 @@ class VaeFiles:
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def identify(path: Path, subfolder: str | None = None) -> Found:
+def identify(path: Path, subfolder: str | None = None, variant: str | None = None) -> Found:
     """Say what an existing file or folder holds.
 
-    Raises: CheckpointError where a folder holds no VAE, or a safetensors file is damaged; it names what is there.
+    variant: which of a folder's weights, such as "fp16" for diffusion_pytorch_model.fp16.safetensors; None is the plain
+        one, or the only one.
+    Raises: CheckpointError where a folder holds no VAE, a safetensors file is damaged, or a file holds two VAEs; it
+        names what is there.
     """
     if path.is_dir():
-        return _identify_folder(path, subfolder)
+        return _identify_folder(path, subfolder, variant)
     config = path.with_name(CONFIG_NAME)
     config_or_none = config if config.is_file() else None
     if path.suffix in PICKLE_SUFFIXES:
@@ -106,14 +160,14 @@ def identify(path: Path, subfolder: str | None = None) -> Found:
             f"{path}: not a weights file; expected the suffix {', '.join(sorted(WEIGHT_SUFFIXES))}, or a folder that "
             f"holds such a file"
         )
-    kind, evidence = kind_of_keys(read_shapes(path))
-    return Found(kind=kind, evidence=evidence, weights=path, config=config_or_none)
+    found = layout_of(read_shapes(path), path)
+    return Found(kind=found.kind, evidence=found.evidence, weights=path, config=config_or_none, prefix=found.prefix)
 
 
-def _identify_folder(path: Path, subfolder: str | None) -> Found:
+def _identify_folder(path: Path, subfolder: str | None, variant: str | None) -> Found:
     names = list_names(path, [subfolder] if subfolder else ["vae"])
     try:
-        files = find_vae_files(names, subfolder)
+        files = find_vae_files(names, subfolder, variant)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if files is None:
@@ -138,33 +192,37 @@ def list_names(folder: Path, subfolders: Iterable[str] = ("vae",)) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
-def find_vae_files(names: Collection[str], subfolder: str | None = None) -> VaeFiles | None:
+def find_vae_files(names: Collection[str], subfolder: str | None = None, variant: str | None = None) -> VaeFiles | None:
     """Find the VAE among file names: in `subfolder` if given, else at the top, else in `vae/`.
 
-    Raises: CheckpointError where only variants (fp16, ema, ...) are there, and more than one.
+    variant: of the weights, such as "fp16"; None is the plain one, or the only one.
+    Raises: CheckpointError where the variant is not there, or only variants are, and more than one.
     """
     for folder in [""] + ["vae"] if subfolder is None else [subfolder.strip("/")]:
         start = f"{folder}/" if folder else ""
         own = {name.removeprefix(start) for name in names if name.startswith(start)}
-        if weights := _choose_weights(own):
+        if weights := _choose_weights(own, variant):
             return VaeFiles(folder=folder, weights=weights, has_config=CONFIG_NAME in own)
     return None
 
 
-def _choose_weights(names: Collection[str]) -> str | None:
-    for name in _PLAIN:
-        if name in names:
-            return name
+def _choose_weights(names: Collection[str], variant: str | None) -> str | None:
+    plain = [name for name in _PLAIN if name in names]
     variants: dict[str, list[str]] = {}
     for name in sorted(names):
         if (match := _VARIANT.fullmatch(name)) and not _SHARD.search(name):
             variants.setdefault(match["one"] or match["many"], []).append(name)
-    if len(variants) > 1:
+    if variant is None and plain:
+        return plain[0]
+    if variant is None and len(variants) > 1:
         raise CheckpointError(
             f"several variants of the weights ({', '.join(variants)}), and none that is plain; pass the path of the "
             f"file that is meant"
         )
-    found = [name for files in variants.values() for name in files]
+    if variant is not None and variant not in variants and (variants or plain):
+        there = [*(["the plain one"] if plain else []), *variants]
+        raise CheckpointError(f"no variant '{variant}' of the weights; there is {', '.join(there)}")
+    found = variants.get(variant, []) if variant is not None else [n for files in variants.values() for n in files]
     return min(found, key=lambda name: ("safetensors" not in name, "index" not in name), default=None)
 
 
@@ -224,19 +282,39 @@ def _what_it_is(start: bytes) -> str:
     return "; copy or download it again"
 
 
-def kind_of_keys(names: Collection[str]) -> tuple[Kind, str]:
-    """What weights of these names are, and the name that shows it."""
-    for pattern, bare, prefixed in (
-        (_DIFFUSERS_KEY, Kind.FILE, Kind.PREFIXED),
-        (_LDM_KEY, Kind.LDM, Kind.LDM),
-    ):
-        if match := next(filter(None, map(pattern.fullmatch, names)), None):
-            if bare is Kind.LDM and any(name.startswith("model.diffusion_model.") for name in names):
-                return Kind.LDM_CHECKPOINT, f"keys `{match[0]}` and `model.diffusion_model.*`"
-            return (prefixed if match[1] else bare), f"key `{match[0]}`"
+def layout_of(names: Collection[str], path: Path) -> Layout:
+    """How weights of these names are laid out, and the name that shows it. path: for the message.
+
+    Raises: CheckpointError where the names are those of more than one VAE.
+    """
+    readings: dict[tuple[str, bool], str] = {}
+    for name in names:
+        if match := _VAE_KEY.fullmatch(name):
+            readings.setdefault((match["prefix"], match["ldm"] is not None), name)
+    if len(readings) > 1:
+        shown = "; ".join(
+            f"{'LDM' if ldm else 'diffusers'} keys {f'behind `{prefix}`' if prefix else 'without prefix'} (`{name}`)"
+            for (prefix, ldm), name in readings.items()
+        )
+        raise CheckpointError(
+            f"{path}: holds {len(readings)} autoencoders, and nothing says which one is meant: {shown}. Save the one "
+            f"that is meant to a file of its own"
+        )
+    for (prefix, ldm), name in readings.items():
+        whole = any(name.startswith(_DIFFUSION_MODEL) for name in names)
+        kind = (Kind.LDM_CHECKPOINT if whole else Kind.LDM) if ldm else (Kind.PREFIXED if prefix else Kind.FILE)
+        evidence = f"keys `{name}` and `{_DIFFUSION_MODEL}*`" if kind is Kind.LDM_CHECKPOINT else f"key `{name}`"
+        return Layout(kind=kind, evidence=evidence, prefix=prefix, family=_family(names))
     if match := next(filter(None, map(_TINY_KEY.fullmatch, names)), None):
-        return Kind.TINY, f"key `{match[0]}`"
-    return Kind.OTHER, f"{len(names)} keys: {some(sorted(names))}"
+        return Layout(kind=Kind.TINY, evidence=f"key `{match[0]}`")
+    return Layout(kind=Kind.OTHER, evidence=f"{len(names)} keys: {some(sorted(names))}")
+
+
+def _family(names: Collection[str]) -> str | None:
+    for family, known in FAMILIES.items():
+        if all(any(key in name for name in names) for key in known.keys):
+            return family
+    return None
 
 
 def some(names: Collection[str], limit: int = 6) -> str:

@@ -49,14 +49,14 @@ def _shared(stock: Any, name: str) -> AutoencoderKL:
 
     if type(stock) is not StockAutoencoderKL:
         raise ConfigError(
-            f"{name} is {type(stock).__module__}.{type(stock).__name__}; only diffusers' AutoencoderKL can be replaced, "
-            f"before it is compiled or wrapped"
+            f"{name} is {type(stock).__module__}.{type(stock).__name__}; only diffusers' AutoencoderKL can be "
+            f"replaced, before it is compiled or wrapped"
         )
     if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in stock.modules()):
         raise ConfigError(f"{name} is offloaded: its weights come and go by hooks; optimize first, then offload")
     fields = {field: value for field, value in stock.config.items() if not field.startswith("_")}
     with torch.device("meta"):
-        ours = AutoencoderKL(**fields)
+        ours: AutoencoderKL = AutoencoderKL(**fields)
     state = stock.state_dict()
     if unknown := sorted(set(state) ^ set(ours.state_dict())):
         raise ConfigError(
@@ -71,4 +71,5 @@ def _shared(stock: Any, name: str) -> AutoencoderKL:
         setattr(ours, switch, getattr(stock, switch))
     if stock.is_gradient_checkpointing:
         ours.enable_gradient_checkpointing()
-    return ours.train(stock.training)
+    ours.train(stock.training)
+    return ours

@@ -1,4 +1,4 @@
-"""`sdvae encode`: images -> latent files."""
+"""`sdvae encode`: images -> latent files or shards of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["encode_command"]
     epilog="""\b
 Examples:
   sdvae encode photos latents
-  sdvae encode 'photos/**/*.jpg' latents --vae my-vae --size 512 --crop center""",
+  sdvae encode photos shards --vae my-vae --size 512 --crop center --format webdataset""",
 )
 @click.argument("images")
 @click.argument("out", type=click.Path())
@@ -31,10 +31,11 @@ Examples:
 def encode_command(
     ctx: click.Context, /, images: str, out: str, vae: str | None, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
-    """Encode IMAGES into one latent file each, in the folder OUT.
+    """Encode IMAGES into one latent file each, or into shards, in the folder OUT.
 
     IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list. Run again, it does what is
-    missing or stale: where the image, the VAE or the options changed.
+    missing or stale: where the image, the VAE or the options changed. OUT/manifest.jsonl lists the
+    latents, with digests.
     """
     encode_settings = EncodeOptions(**options)
     announce_vae(vae)

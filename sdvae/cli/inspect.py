@@ -1,18 +1,24 @@
-"""`sdvae inspect`: what a VAE, a latent file or a run folder is."""
+"""`sdvae inspect`: what a VAE, a latent file, a latent cache or a run folder is."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from sdvae.cli.options import json_option
-from sdvae.cli.output import print_fields, print_json
-from sdvae.errors import CheckpointError, ConfigError
+from sdvae.cli.output import print_fields, print_json, shown
+from sdvae.errors import ConfigError
 
 __all__ = ["inspect_command"]
+
+_MAX_COLUMNS = 120
+_TAKES = 4  # columns of "yes" and "no"
 
 
 @click.command(
@@ -25,36 +31,42 @@ Examples:
 @click.argument("path")
 @json_option
 def inspect_command(path: str, as_json: bool) -> None:
-    """Say what PATH is: a VAE, a latent file or a training run.
+    """Say what PATH is: a VAE, a latent file, a latent cache or a training run.
 
-    A VAE is a folder, a pipeline folder or a file; "sdvae-mini" stands for the bundled one.
+    A VAE is a folder, a pipeline folder, a file of any layout, or a hub id that has been downloaded; "sdvae-mini"
+    stands for the bundled one. Of a VAE it also says which programs take it as it is, and what would help the others.
     """
-    data = _describe(_locate(path))
+    data = _describe(path)
     if as_json:
         print_json(data)
+    elif "loaders" in data:
+        _print_vae(data)
     else:
         print_fields(data)
 
 
-def _locate(path: str) -> Path:
-    from sdvae.checkpoints.store import BUNDLED_NAME, bundled_path
-
-    found = Path(path).expanduser()
-    if found.exists():
-        return found
-    if path == BUNDLED_NAME:
-        return bundled_path()
-    raise ConfigError(f"{path} does not exist; expected a VAE, a latent file or a run folder")
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(ref: str) -> dict[str, Any]:
+    from sdvae.checkpoints.describe import describe_vae
+    from sdvae.checkpoints.hub import is_hub_id
+    from sdvae.checkpoints.read import BUNDLED_NAME
     from sdvae.codec.latent_header import is_latent_file
+    from sdvae.codec.manifest import MANIFEST_NAME
 
+    path = Path(ref).expanduser()
+    if not path.exists():
+        if ref == BUNDLED_NAME or is_hub_id(ref):
+            return describe_vae(ref)
+        raise ConfigError(f"{ref} does not exist; expected a VAE, a latent file, a latent cache or a run folder")
     if path.is_file() and is_latent_file(path):
         return _describe_latent(path)
+    if path.name == MANIFEST_NAME or (path / MANIFEST_NAME).is_file():
+        return _describe_cache(path)
     if (path / "config.yaml").is_file() and (path / "environment.json").is_file():
         return _describe_run(path)
-    return _describe_vae(path)
+    return describe_vae(ref)
+
+
+# -------------------------------------------------------------------------------------------------- latents and runs
 
 
 def _describe_latent(path: Path) -> dict[str, Any]:
@@ -83,47 +95,29 @@ def _statistics(tensor: Any) -> dict[str, Any]:
     }
 
 
-def _describe_vae(path: Path) -> dict[str, Any]:
-    from sdvae.checkpoints.formats import identify
-    from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+def _describe_cache(path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
 
-    found = identify(path)
-    data = {
+    from sdvae.codec.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    settings = [asdict(each) for each in manifest.settings]
+    return {
         "path": str(path),
-        "kind": str(found.kind),
-        "evidence": found.evidence,
-        "weights": str(found.weights),
-        "size_bytes": found.weights.stat().st_size,
-        "stored_dtypes": _stored_dtypes(found.weights),
+        "kind": "latent cache",
+        "format": manifest.format,
+        "num_files": manifest.num_files,
+        "num_items": manifest.num_items,
+        "size_bytes": sum(file.size_bytes for file in manifest.files),
+        "shapes": [list(shape) for shape in sorted({item.shape for file in manifest.files for item in file.items})],
+        **(settings[0] if len(settings) == 1 else {"mixed_settings": settings}),
+        "sdvae_version": manifest.sdvae_version,
     }
-    try:
-        vae = load_autoencoder(path)
-    except CheckpointError as error:
-        return data | {"loads": False, "reason": str(error)}
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    return data | {
-        "loads": True,
-        "digest": autoencoder_digest(vae),
-        "num_parameters": sum(parameter.numel() for parameter in vae.parameters()),
-        "spatial_compression_ratio": vae.spatial_compression_ratio,
-        "config": config,
-    }
-
-
-def _stored_dtypes(weights: Path) -> list[str] | None:
-    """Number formats in a safetensors file, as its header calls them (F32, BF16); None for other files."""
-    from safetensors import SafetensorError, safe_open
-
-    if weights.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            return sorted({file.get_slice(name).get_dtype() for name in file.keys()})
-    except SafetensorError:
-        return None
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
+    from sdvae.checkpoints.describe import describe_vae
+
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     checkpoints = sorted(found.name for found in (path / "checkpoints").glob("step-*") if found.suffix != ".partial")
     metrics = path / "metrics.jsonl"
@@ -133,7 +127,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "kind": "training run",
         "checkpoints": checkpoints,
         "last_metrics": _merged(lines),
-        "vae": _describe_vae(path / "vae") if (path / "vae").is_dir() else None,
+        "vae": describe_vae(path / "vae") if (path / "vae").is_dir() else None,
         "environment": environment,
     }
 
@@ -147,3 +141,100 @@ def _merged(lines: list[str]) -> dict[str, Any]:
         except ValueError:
             continue
     return newest
+
+
+# ----------------------------------------------------------------------------------------------------------- one VAE
+
+
+def _print_vae(data: Mapping[str, Any]) -> None:
+    """What `describe_vae` says, for reading."""
+    _field("path", data["path"])
+    _field("kind", f"{data['kind']} ({data['evidence']})")
+    if data["class_name"]:
+        _field("class", data["class_name"])
+    if "num_tensors" in data:
+        dtypes = ", ".join(
+            dtype if len(data["dtypes"]) == 1 else f"{count} {dtype}" for dtype, count in data["dtypes"].items()
+        )
+        size = _size(data["size_bytes"])
+        _field("weights", f"{data['num_tensors']} tensors, {data['num_parameters']:,} parameters, {dtypes}, {size}")
+    if not data["loads"]:
+        _field("loads", f"no: {data['reason']}")
+    else:
+        _field("digest", data["digest"])
+    if scale := data.get("scale"):
+        own = ", ".join(
+            f"{name} {_short(value)}" for name, value in scale.items() if name != "from" and value is not None
+        )
+        _field("scale", f"{own} ({scale['from']})")
+    if data.get("config"):
+        _section("config", {name: _short(value) for name, value in sorted(data["config"].items())})
+    if data.get("notes"):
+        _section("notes", {name: _short(value) for name, value in data["notes"].items()})
+    for remark in data.get("remarks", ()):
+        _field("remark", remark)
+    if data.get("files"):
+        click.echo("files:")
+        width = max(len(file["name"]) for file in data["files"])
+        for file in data["files"]:
+            click.echo(shown(f"  {file['name']:{width}}  {_size(file['size_bytes']):>8}  sha256:{file['sha256']}"))
+    if data["loaders"]:
+        _print_loaders(data["loaders"])
+
+
+def _print_loaders(verdicts: list[Mapping[str, Any]]) -> None:
+    """A row for each program; what it says goes below it where a line is not enough."""
+    click.echo("programs that take it as it is:")
+    width = max(len(verdict["loader"]) for verdict in verdicts)
+    for verdict in verdicts:
+        lines = [f"{reason}." for reason in verdict["reasons"]]
+        if verdict["takes"]:
+            lines.insert(0, f"Scale from {verdict['scale_from']}.")
+        _wrapped(f"  {verdict['loader']:{width}}  {'yes' if verdict['takes'] else 'no':{_TAKES}}", _sentences(lines))
+        if verdict["fix"]:
+            click.echo(f"{'':{width + 4 + _TAKES}}$ {shown(verdict['fix'])}")  # never wrapped, for it is to be pasted
+
+
+def _sentences(lines: list[str]) -> str:
+    return " ".join(line[:1].upper() + line[1:] if not line.startswith(("quant_", "post_")) else line for line in lines)
+
+
+def _field(name: str, text: str) -> None:
+    click.echo(f"{name}: {shown(text)}")
+
+
+def _section(title: str, fields: Mapping[str, str]) -> None:
+    click.echo(f"{title}:")
+    for name, text in fields.items():
+        click.echo(shown(f"  {name}: {text}"))
+
+
+def _wrapped(start: str, text: str) -> None:
+    columns = min(_MAX_COLUMNS, shutil.get_terminal_size((_MAX_COLUMNS, 1)).columns)
+    click.echo(
+        textwrap.fill(
+            shown(text),
+            width=max(columns, len(start) + 40),
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        if len(value) > 2 and isinstance(value[0], str) and len(set(value)) == 1:
+            return f"{len(value)} x {value[0]}"
+        return ", ".join(map(_short, value)) or "none"
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _size(size_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.3g} {unit}"
+    return f"{size_bytes} B"

@@ -8,7 +8,17 @@ from typing import Any, TypeVar
 import click
 
 from sdvae.cli.output import note
-from sdvae.codec.options import COMPUTE_DTYPES, CROPS, DEVICES, LATENT_DTYPES, STORES, EncodeOptions, RunOptions
+from sdvae.codec.options import (
+    CACHE_FORMATS,
+    COMPUTE_DTYPES,
+    CROPS,
+    DEVICES,
+    KOHYA_SUFFIXES,
+    LATENT_DTYPES,
+    STORES,
+    EncodeOptions,
+    RunOptions,
+)
 
 __all__ = [
     "announce_vae",
@@ -71,6 +81,29 @@ run_options = _together(
 
 encode_options = _together(
     click.option(
+        "--format",
+        type=click.Choice(CACHE_FORMATS),
+        default=EncodeOptions.format,
+        show_default=True,
+        help="safetensors and kohya-npz: a file for each image; webdataset and parquet: shards.",
+    ),
+    click.option(
+        "--shard-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=EncodeOptions.shard_size,
+        show_default=True,
+        help="Images in a shard.",
+    ),
+    click.option(
+        "--kohya-suffix",
+        type=click.Choice(KOHYA_SUFFIXES),
+        default=EncodeOptions.kohya_suffix,
+        show_default=True,
+        help="kohya-npz: which of kohya's trainers is to read the files.",
+    ),
+    click.option("--flip", is_flag=True, help="kohya-npz: encode the mirrored image too, for flip_aug."),
+    click.option(
         "--store",
         type=click.Choice(STORES),
         default=EncodeOptions.store,
@@ -78,7 +111,11 @@ encode_options = _together(
         help="moments: mean and logvar of the posterior; mode: z = mean; sample: one draw of z.",
     ),
     click.option(
-        "--seed", type=int, default=EncodeOptions.seed, show_default=True, help="Of the draw of --store sample."
+        "--seed",
+        type=int,
+        default=EncodeOptions.seed,
+        show_default=True,
+        help="Of the draw of --store sample and of kohya-npz.",
     ),
     click.option(
         "--latent-dtype",

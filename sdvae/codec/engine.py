@@ -28,7 +28,7 @@ from sdvae.data.pipeline import WriteBehind, group_by_shape, read_ahead
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 
-__all__ = ["Member", "OnProgress", "Tally", "carry_out"]
+__all__ = ["Member", "OnProgress", "Tally", "carry_out", "make_folder"]
 
 OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do
 
@@ -56,12 +56,22 @@ class Tally:
     failures: list[FileReason] = field(default_factory=list)
     notes: list[FileReason] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    held: list[Member] = field(default_factory=list)  # computed, but not yet in a whole file
+    finished: int = 0  # as was told last: what moves from held to done is not told twice
 
     def succeed(self, member: Member) -> None:
         self.done += 1
         self.megapixels += _pixels(member) / 1e6
         self.notes += [_about(member.item, note) for note in member.header.notes]
         self._tell()
+
+    def hold(self, member: Member) -> None:
+        self.held.append(member)
+        self._tell()
+
+    def release(self) -> list[Member]:
+        held, self.held = self.held, []
+        return held
 
     def fail(self, item: Item, error: Exception) -> None:
         reason = reason_without_path(error, item.source).removeprefix(f"{item.output}: ")
@@ -70,7 +80,8 @@ class Tally:
 
     def _tell(self) -> None:
         if self.on_progress is not None:
-            self.on_progress(self.done + len(self.failures), self.total)
+            self.finished = max(self.finished, self.done + len(self.failures) + len(self.held))
+            self.on_progress(self.finished, self.total)
 
     def to_fields(self, plan: Plan, out: Path, vae: LoadedVae) -> dict[str, Any]:
         """The fields of a `CodecReport`."""
@@ -102,41 +113,69 @@ def carry_out(
     compute: Callable[[Sequence[Member]], Sequence[Tensor]],
     write: Callable[[Member, Tensor], None],
     on_progress: OnProgress | None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Tally:
     """Do the jobs of a plan: `read` and `write` in threads, `compute` in this one.
 
     batch_pixels: how large batches are where the options leave it open.
+    finish: for outputs of many files: called with each output once all its jobs went through `write`, or failed. The
+        outputs then come one after the other, so that no more than one is held in memory.
     A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
     Raises: ConfigError where `out` cannot be made; SdvaeError where the disk is full.
     """
     tally = Tally(on_progress, total=len(plan.jobs))
 
     def on_done(member: Member, error: Exception | None) -> None:
-        if error is None:
+        if error is not None:
+            record(error, [member])
+        elif finish is None:
             tally.succeed(member)
-        elif isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise _disk_full(error, out, tally) from error
-        elif isinstance(error, OSError):
-            tally.fail(member.item, SdvaeError(f"{member.item.output} cannot be written: {error.strerror or error}"))
         else:
-            tally.fail(member.item, error)
+            tally.hold(member)
 
-    _make_folder(out)
+    def record(error: Exception, members: Sequence[Member]) -> None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise _disk_full(error, out, tally) from error
+        for member in members:
+            if isinstance(error, OSError):
+                reason = f"{member.item.output} cannot be written: {error.strerror or error}"
+                tally.fail(member.item, SdvaeError(reason))
+            else:
+                tally.fail(member.item, error)
+
+    make_folder(out)
     remove_leftovers({out} | {item.output.parent for item in plan.items})
     split = _Splitting(compute, tally.warnings)
-    loaded = read_ahead(plan.jobs, read, _pixels, options.num_workers)
-    with (
-        closing(loaded),
-        WriteBehind(options.num_workers, on_done) as writer,
-        torch.inference_mode(),
-    ):
-        for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size, batch_pixels):
-            for member, result in zip(batch, split(batch), strict=True):
-                if isinstance(result, Exception):
-                    tally.fail(member.item, result)
-                else:
-                    writer.submit(member, partial(write, member, result), _pixels(member))
+    for jobs in [plan.jobs] if finish is None else _by_output(plan.jobs):
+        loaded = read_ahead(jobs, read, _pixels, options.num_workers)
+        with (
+            closing(loaded),
+            WriteBehind(options.num_workers, on_done) as writer,
+            torch.inference_mode(),
+        ):
+            for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size, batch_pixels):
+                for member, result in zip(batch, split(batch), strict=True):
+                    if isinstance(result, Exception):
+                        tally.fail(member.item, result)
+                    else:
+                        writer.submit(member, partial(write, member, result), _pixels(member))
+        if finish is not None:
+            held = tally.release()
+            try:
+                finish(jobs[0].output)
+            except (OSError, SdvaeError) as error:
+                record(error, held)
+            else:
+                for member in held:
+                    tally.succeed(member)
     return tally
+
+
+def _by_output(jobs: Sequence[Item]) -> list[Sequence[Item]]:
+    groups: dict[Path, list[Item]] = {}
+    for job in jobs:
+        groups.setdefault(job.output, []).append(job)
+    return list(groups.values())
 
 
 def _shape(member: Member) -> torch.Size:
@@ -197,7 +236,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _make_folder(out: Path) -> None:
+def make_folder(out: Path) -> None:
+    """Make the output folder, where it is not there. Raises: ConfigError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,7 @@ from sdvae.codec.latent_header import LatentHeader, read_header
 from sdvae.errors import LatentFileError
 from sdvae.files import write_atomic
 
-__all__ = ["LatentFile"]
+__all__ = ["LatentFile", "check_finite", "check_tensors"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,14 +54,14 @@ class LatentFile:
 
         Raises: LatentFileError for values that are not finite; OSError.
         """
-        path = Path(path)
-        for name, tensor in self.tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise LatentFileError(
-                    f"{path}: {name} is not finite in {self.header.latent_dtype}; compute and store in float32"
-                )
+        check_finite(self.header, self.tensors, Path(path))
+        write_atomic(self.to_bytes(), Path(path))
+
+    def to_bytes(self) -> bytes:
+        """The file as `write` writes it."""
         contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_atomic(save(contiguous, metadata=self.header.to_metadata()), path)
+        data: bytes = save(contiguous, metadata=self.header.to_metadata())
+        return data
 
     @classmethod
     def read(cls, path: str | Path) -> LatentFile:
@@ -72,11 +72,21 @@ class LatentFile:
             tensors = load(path.read_bytes())  # not by name: safetensors opens no path that is not UTF-8 for torch
         except (OSError, SafetensorError) as error:
             raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
-        _check_tensors(header, tensors, path)
+        check_tensors(header, tensors, path)
         return cls(header=header, tensors=tensors)
 
 
-def _check_tensors(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_finite(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: LatentFileError for values that are not to be written."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise LatentFileError(
+                f"{path}: {name} is not finite in {header.latent_dtype}; compute and store in float32"
+            )
+
+
+def check_tensors(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: LatentFileError where tensors that were read do not go with their header, or are not finite."""
     ratio, image, padding = header.vae.spatial_compression_ratio, header.image, header.padding
     covered = (image.height + padding.top + padding.bottom, image.width + padding.left + padding.right)
     for name, tensor in tensors.items():

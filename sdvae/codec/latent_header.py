@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +23,7 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "LATENT_SUFFIX",
+    "TENSOR_NAMES",
     "LatentHeader",
     "Padding",
     "Preprocessing",
@@ -30,9 +32,13 @@ __all__ = [
     "Space",
     "Store",
     "VaeRecord",
+    "from_json_strict",
     "is_latent_file",
+    "parse_header",
     "read_header",
 ]
+
+T = TypeVar("T")
 
 FORMAT = "sdvae-latent"
 FORMAT_VERSION = 1
@@ -107,7 +113,7 @@ class LatentHeader:
     space: Space
     store: Store
     latent_dtype: Literal["float16", "float32"]
-    seed: int | None  # of the draw, for store=sample
+    seed: int | None  # of the draw: for store=sample, and for the `latents` of a kohya-npz file; else None
     source: SourceRecord
     image: Size  # what was encoded and what decoding returns: after resizing and cropping, before padding
     padding: Padding
@@ -148,6 +154,11 @@ class LatentHeader:
         return {"format": FORMAT, "sdvae": json.dumps(self.to_json())}  # ASCII: a name may hold no UTF-8
 
 
+def from_json_strict(kind: type[T], data: Any) -> T:
+    """A dataclass from its JSON object, strictly typed. Raises: ValueError, which names the field."""
+    return cast(T, _build(kind, data, ""))
+
+
 def read_header(path: Path) -> LatentHeader:
     """What a latent file says of itself, without reading its tensors.
 
@@ -182,8 +193,13 @@ def _parse_metadata(metadata: Mapping[str, str] | None, path: Path) -> LatentHea
     """The header from safetensors metadata. Raises: LatentFileError, which names `path`."""
     if metadata is None or metadata.get("format") != FORMAT:
         raise LatentFileError(f"{path}: a safetensors file, but no latent file of sdvae (no format '{FORMAT}')")
+    return parse_header(metadata.get("sdvae"), path)
+
+
+def parse_header(text: str | bytes | None, path: Path) -> LatentHeader:
+    """The header from its JSON. Raises: LatentFileError, which names `path`."""
     try:
-        data = json.loads(metadata["sdvae"])
+        data = json.loads(text or b"")
         version = int(data["format_version"])
     except (KeyError, TypeError, ValueError) as error:
         raise LatentFileError(f"{path}: damaged latent file: its header is no JSON with a format_version") from error
@@ -198,10 +214,16 @@ def _parse_metadata(metadata: Mapping[str, str] | None, path: Path) -> LatentHea
         raise LatentFileError(f"{path}: damaged latent file: {error}") from error
 
 
+# Resolving the annotations takes longer than all the rest of reading a header.
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _build(kind: Any, value: Any, name: str) -> Any:
     """A value from JSON as the type that a field declares, strictly; `name` is the field's dotted place."""
     if is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
+        hints = _hints(cast(type, kind))
         if missing := sorted(hints.keys() - value.keys()):
             raise ValueError(f"{name or 'the header'} has no {', '.join(missing)}")
         parts = {field: _build(hint, value[field], f"{name}.{field}".lstrip(".")) for field, hint in hints.items()}

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from sdvae.errors import ConfigError
 
 __all__ = [
+    "CACHE_FORMATS",
     "COMPUTE_DTYPES",
     "CROPS",
     "DEVICES",
     "IMAGE_FORMATS",
+    "KOHYA_SUFFIXES",
     "LATENT_DTYPES",
+    "SHARDED_FORMATS",
     "STORES",
     "DecodeOptions",
     "EncodeOptions",
@@ -28,6 +31,9 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LATENT_DTYPES = ("float16", "float32")
 CROPS = ("none", "center")
+CACHE_FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
+SHARDED_FORMATS = ("webdataset", "parquet")  # many images to a file; the others have a file for each
+KOHYA_SUFFIXES = ("sd", "sdxl")
 IMAGE_FORMATS = {"png": ".png", "webp": ".webp", "jpg": ".jpg"}
 
 
@@ -62,9 +68,13 @@ class RunOptions:
 class EncodeOptions(RunOptions):
     """How images become latent files."""
 
+    format: str = "safetensors"  # safetensors and kohya-npz: a file for each image; webdataset and parquet: shards
+    shard_size: int = 1000  # images in a shard
+    kohya_suffix: str = "sd"  # sd or sdxl: which of kohya's trainers looks for the file
+    flip: bool = False  # kohya-npz: encode the mirrored image too, for its flip_aug
     store: str = "moments"  # moments: mean and logvar; mode: z = mean; sample: one draw of z
     latent_dtype: str = "float16"  # of the tensors in the file
-    seed: int = 0  # of the draw, for store=sample; each image has its own stream
+    seed: int = 0  # of the draw, for store=sample and kohya-npz; each image has its own stream
     size: int | None = None  # length of the short side in px after resizing; None: as it is
     crop: str = "none"  # center: cut the resized image to size x size
     background: str = "white"  # colour under transparent pixels
@@ -72,6 +82,11 @@ class EncodeOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_choice("format", self.format, CACHE_FORMATS)
+        _check_choice("kohya_suffix", self.kohya_suffix, KOHYA_SUFFIXES)
+        _check_positive("shard_size", self.shard_size)
+        if self.flip and self.format != "kohya-npz":
+            raise ConfigError(f"flip is given, but the format {self.format} has no place for it; kohya-npz has")
         _check_choice("store", self.store, STORES)
         _check_choice("latent_dtype", self.latent_dtype, LATENT_DTYPES)
         _check_choice("crop", self.crop, CROPS)
@@ -80,6 +95,11 @@ class EncodeOptions(RunOptions):
         if self.crop != "none" and self.size is None:
             raise ConfigError(f"crop is '{self.crop}', but no size is given; give both, for example size 512")
         _check_colour(self.background)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed decides anything: where z is drawn from the posterior."""
+        return self.store == "sample" or (self.store == "moments" and self.format == "kohya-npz")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import glob
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from sdvae.codec import kohya
+from sdvae.codec.cache_files import check_output_folder, find_cache_files, read_headers, shard_name
 from sdvae.codec.decoded_image import ImageMark, read_mark
 from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
-from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.data.images import EncodedImage
 from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, file_digest, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
@@ -25,6 +29,9 @@ UP_TO_DATE = "up to date"
 OTHER_VAE = "made by another VAE"
 
 
+Action = Literal["run", "skip", "fail"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One input file, what happens with it, and why."""
@@ -32,7 +39,7 @@ class Item:
     key: str  # path below the input folder, with "/"
     source: Path
     output: Path
-    action: Literal["run", "skip", "fail"]
+    action: Action
     reason: str
 
 
@@ -83,12 +90,33 @@ class LatentSource:
 def plan_encode(
     images: Sequence[ImageFile], out: Path, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
 ) -> Plan:
-    """What to encode. The output of photos/a.jpg is a.jpg.safetensors, so that a.png beside it has its own.
+    """What to encode, and into which file.
 
-    Done is what has an output that was made from the same bytes, by the same VAE, with the same options.
-    Raises: ConfigError where `out` is no folder.
+    Done is what has a latent that was made from the same bytes, by the same VAE, with the same options.
+    Raises: ConfigError where `out` is no folder, holds latents of another format, or other shards of the same one.
     """
-    _check_folder(out)
+    check_output_folder(out, options.format, options.overwrite)
+
+    def why_other(header: LatentHeader, key: str) -> str | None:
+        return _why_settings_differ(header, key, options, preprocessing, vae)
+
+    def why_stale(header: LatentHeader, image: ImageFile) -> str | None:
+        return why_other(header, image.key) or _why_source_differs(header, image)
+
+    if options.format in SHARDED_FORMATS:
+        shards = _read_shards(out, options.format)
+        _check_others(shards, images, out, why_other)
+        return _plan_shards(images, out, shards, options, why_stale)
+    if options.format == "kohya-npz":
+        return Plan(items=tuple(_kohya_items(images, out, options, why_stale)))
+    return _plan_latent_files(images, out, options, why_stale)
+
+
+WhyStale = Callable[[LatentHeader, ImageFile], str | None]
+
+
+def _plan_latent_files(images: Sequence[ImageFile], out: Path, options: EncodeOptions, why_stale: WhyStale) -> Plan:
+    """The output of photos/a.jpg is a.jpg.safetensors, so that a.png beside it has its own."""
 
     def owner(name: str) -> str | None:
         header = _header_or_error(out / name)
@@ -98,12 +126,105 @@ def plan_encode(
     items = []
     for image in images:
         output = out / names[image.key]
-        found, stale = _header_or_error(output), None
-        if isinstance(found, LatentHeader):
-            stale = _why_latent_is_stale(found, image, options, preprocessing, vae)
+        found = _header_or_error(output)
+        stale = why_stale(found, image) if isinstance(found, LatentHeader) else None
         action, reason = _decide(output, isinstance(found, LatentHeader), stale, options.overwrite, "latent file")
         items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
     return Plan(items=tuple(items))
+
+
+def _kohya_items(images: Sequence[ImageFile], out: Path, options: EncodeOptions, why_stale: WhyStale) -> Iterator[Item]:
+    """The name has the stem and the size of the image, as kohya's trainers look for it; only one image can have it."""
+    owners: dict[str, str] = {}
+    for image in images:
+
+        def item(output: Path, action: Action, reason: str, image: ImageFile = image) -> Item:
+            return Item(key=image.key, source=image.path, output=output, action=action, reason=reason)
+
+        try:
+            name = kohya.file_name(image.key, EncodedImage(str(image.path), image.path).size(), options.kohya_suffix)
+        except ImageError as error:
+            yield item(out / image.key, "fail", reason_without_path(error, image.path))
+            continue
+        output, older = out / name, out / PurePosixPath(image.key).with_suffix(".npz")
+        if (owner := owners.setdefault(_folded(name), image.key)) != image.key:
+            yield item(output, "fail", f"kohya's trainers would take the latents of {owner} for it: rename one of them")
+        elif older.exists():
+            yield item(output, "fail", f"{older} is there, which kohya's trainers would read instead: delete it")
+        else:
+            yield item(output, *_decide_kohya(output, image, options, why_stale))
+
+
+def _decide_kohya(output: Path, image: ImageFile, options: EncodeOptions, why_stale: WhyStale) -> tuple[Action, str]:
+    try:
+        found = kohya.read_header(output) if output.exists() else None
+        stale = why_stale(found, image) if found else None
+        if found and not stale and options.flip and not kohya.has_flipped(output):
+            stale = "without the mirrored image"
+    except LatentFileError:
+        found, stale = None, None
+    return _decide(output, found is not None, stale, options.overwrite, "latent file")
+
+
+Shards = Mapping[Path, Sequence[LatentHeader]]
+
+
+def _plan_shards(
+    images: Sequence[ImageFile], out: Path, shards: Shards, options: EncodeOptions, why_stale: WhyStale
+) -> Plan:
+    """An image stays in the shard that has it; others fill the shards that have room, in order, and then new ones."""
+    held = {header.source.key: (path, header) for path, headers in shards.items() for header in headers}
+    places = _free_places(out, shards, options)
+    items = []
+    for image in images:
+        output, header = held.get(image.key) or (next(places), None)
+        stale = why_stale(header, image) if header else None
+        new: tuple[Action, str] = ("run", "new")
+        action, reason = _decide(output, True, stale, options.overwrite, "shard") if header else new
+        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+    return Plan(items=tuple(items))
+
+
+def _read_shards(out: Path, format: str) -> dict[Path, list[LatentHeader]]:
+    """The headers of all shards in a folder. Raises: ConfigError for a shard that cannot be read, or a key in two."""
+    shards: dict[Path, list[LatentHeader]] = {}
+    places: dict[str, Path] = {}
+    for path in find_cache_files(out, format):
+        try:
+            shards[path] = read_headers(path, format)
+        except LatentFileError as error:
+            raise ConfigError(f"{error}; move it away, and the same command encodes its images again") from error
+        for header in shards[path]:
+            if (other := places.setdefault(header.source.key, path)) != path:
+                raise ConfigError(f"{header.source.key!r} is in {other} and in {path}: delete one of them")
+    return shards
+
+
+def _check_others(
+    shards: Shards, images: Sequence[ImageFile], out: Path, why_other: Callable[[LatentHeader, str], str | None]
+) -> None:
+    """Shards of one folder are read together, so they may not mix what different settings made.
+
+    Raises: ConfigError where latents of images that are not given were made with other settings.
+    """
+    given = {image.key for image in images}
+    for header in (header for headers in shards.values() for header in headers):
+        key = header.source.key
+        if key not in given and (reason := why_other(header, key)):
+            raise ConfigError(
+                f"{out} holds latents of images that are not given now, such as {key!r}, and with other settings "
+                f"({reason}): encode into another folder, or give all images"
+            )
+
+
+def _free_places(out: Path, shards: Shards, options: EncodeOptions) -> Iterator[Path]:
+    """Where new images go, one after the other."""
+    for path, headers in shards.items():
+        yield from [path] * (options.shard_size - len(headers))
+    taken = {path.name for path in shards}
+    for number in count():
+        if (name := shard_name(number, options.format)) not in taken:
+            yield from [out / name] * options.shard_size
 
 
 def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptions, vae: VaeRecord) -> Plan:
@@ -187,9 +308,7 @@ def reason_without_path(error: Exception, path: Path) -> str:
     return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
 
 
-def _decide(
-    output: Path, is_ours: bool, stale: str | None, overwrite: bool, kind: str
-) -> tuple[Literal["run", "skip", "fail"], str]:
+def _decide(output: Path, is_ours: bool, stale: str | None, overwrite: bool, kind: str) -> tuple[Action, str]:
     if not output.exists():
         return "run", "new"
     if output.is_dir():
@@ -203,8 +322,8 @@ def _decide(
     return "fail", f"{output} is there and is no {kind} of sdvae: move it away, or replace it with --overwrite"
 
 
-def _why_latent_is_stale(
-    header: LatentHeader, image: ImageFile, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
+def _why_settings_differ(
+    header: LatentHeader, key: str, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
 ) -> str | None:
     if header.vae.digest != vae.digest:
         return f"{OTHER_VAE}: '{header.vae.name}'"
@@ -214,8 +333,12 @@ def _why_latent_is_stale(
         return "other preprocessing"
     if header.store != options.store or header.latent_dtype != options.latent_dtype:
         return f"stored as {header.store} in {header.latent_dtype}"
-    if options.store == "sample" and (header.seed, header.source.key) != (options.seed, image.key):
+    if options.draws and (header.seed, header.source.key) != (options.seed, key):
         return "sampled with another seed"
+    return None
+
+
+def _why_source_differs(header: LatentHeader, image: ImageFile) -> str | None:
     try:
         stat = image.path.stat()
         if (stat.st_size, stat.st_mtime_ns) == (header.source.size_bytes, header.source.mtime_ns):

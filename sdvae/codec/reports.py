@@ -72,6 +72,9 @@ class EncodeReport(CodecReport):
 
     command = "encode"
 
+    format: str  # of the files
+    manifest: str  # path of the list of all latents in `out`, with digests
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeReport(CodecReport):

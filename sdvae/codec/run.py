@@ -1,10 +1,11 @@
-"""Images -> latent files and back: what is read, computed and written for each, and the two public functions.
+"""Images -> latents on disk and back: what is read, computed and written for each, and the two public functions.
 
 `plan.py` decides what is to be done; `engine.py` has the loop, the threads and the counting.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae._version import __version__
+from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
-from sdvae.codec.engine import Member, OnProgress, carry_out
+from sdvae.codec.engine import Member, OnProgress, carry_out, make_folder
+from sdvae.codec.kohya import CHANNELS, RATIO, scale_warnings
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
-from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.codec.parquet_cache import check_installed
 from sdvae.codec.plan import Item, LatentSource, find_latents, mark_for, plan_decode, plan_encode
 from sdvae.codec.reports import DecodeReport, EncodeReport
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image, x_to_image
 from sdvae.data.sources import ImageFile, file_digest, find_images
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
-from sdvae.errors import LatentFileError
+from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
 __all__ = ["DecodeRun", "EncodeRun", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
@@ -55,21 +59,35 @@ class EncodeRun:
             size=self.options.size,
             crop=self.options.crop,
         )
+        _check_format(self.options, self.vae)
         self.plan = plan_encode(files, self.out, self.options, self.preprocessing, self.vae.record)
+        self._cache = CacheWriter(self.out, self.options.format)
 
     def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
         """Encode what the plan says. Raises: SdvaeError where the disk is full."""
-        tally = carry_out(
-            self.plan,
-            self.out,
-            self.options,
-            self.vae.batch_pixels,
-            read=self._read,
-            compute=self._encode,
-            write=self._write,
-            on_progress=on_progress,
-        )
-        return EncodeReport(**tally.to_fields(self.plan, self.out, self.vae))
+        make_folder(self.out)
+        self._cache.begin(self.plan.jobs)
+        try:
+            tally = carry_out(
+                self.plan,
+                self.out,
+                self.options,
+                self.vae.batch_pixels,
+                read=self._read,
+                compute=self._encode,
+                write=self._write,
+                on_progress=on_progress,
+                finish=self._cache.finish if self.options.format in SHARDED_FORMATS else None,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):  # the next run completes the list
+                self._cache.close()
+            raise
+        manifest = self._cache.close()
+        if self.options.format == "kohya-npz":
+            tally.warnings += scale_warnings(self.vae.record, self.options.kohya_suffix)
+        fields = tally.to_fields(self.plan, self.out, self.vae)
+        return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
 
     def _read(self, item: Item) -> Member:
         status = item.source.stat()  # before the bytes: a change while they are read shows in the next run
@@ -77,11 +95,16 @@ class EncodeRun:
         image = read_pixels(item.source, self.options)
         pixels = image.pixels
         x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
+        if self.options.format == "kohya-npz" and any(asdict(padding).values()):
+            raise ImageError(
+                f"{item.source}: would be encoded at {pixels.shape[1]} x {pixels.shape[0]} px, but kohya's buckets are "
+                f"multiples of {RATIO} px: give --size and --crop center, or prepare the images in the buckets' sizes"
+            )
         header = LatentHeader(
             space="moments" if self.options.store == "moments" else "z",
             store=self.options.store,  # type: ignore[arg-type]
             latent_dtype=self.options.latent_dtype,  # type: ignore[arg-type]
-            seed=self.options.seed if self.options.store == "sample" else None,
+            seed=self.options.seed if self.options.draws else None,
             source=SourceRecord(
                 key=item.key,
                 digest=digest,
@@ -100,22 +123,36 @@ class EncodeRun:
         return Member(item, x, header)
 
     def _encode(self, batch: Sequence[Member]) -> Sequence[Tensor]:
-        """Moments of each image, (2 * C, h, w), on the device."""
+        """Moments of each image, (2 * C, h, w), on the device; with `flip` those of the mirrored image follow."""
         x = _to_device([member.tensor for member in batch], self.vae)  # (B, 3, H, W)
-        return list(self.vae.model.encode(x).latent_dist.parameters)
+        moments = self.vae.model.encode(x).latent_dist.parameters
+        if self.options.flip:
+            mirrored = self.vae.model.encode(x.flip(-1)).latent_dist.parameters
+            moments = torch.cat((moments, mirrored), dim=1)  # (B, 4 * C, h, w)
+        return list(moments)
 
     def _write(self, member: Member, moments: Tensor) -> None:
-        posterior = DiagonalGaussian(moments.float().cpu()[None])
-        header = member.header
+        self._cache.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
+
+    def _tensors(self, header: LatentHeader, moments: Tensor) -> dict[str, Tensor]:
+        """What the file is to hold, each (C, h, w)."""
+        posterior, *mirrored = (DiagonalGaussian(part[None]) for part in moments.chunk(2 if self.options.flip else 1))
+        key, dtype = header.source.key, getattr(torch, header.latent_dtype)
         if header.store == "moments":
-            tensors = {"mean": posterior.mean, "logvar": posterior.logvar}
-        elif header.store == "mode":
-            tensors = {"z": posterior.mode()}
+            tensors = {"mean": posterior.mean[0].to(dtype), "logvar": posterior.logvar[0].to(dtype)}
         else:
-            tensors = {"z": posterior.sample(image_generator(self.options.seed, header.source.key))}
-        dtype = getattr(torch, header.latent_dtype)
-        stored = {name: tensor[0].to(dtype) for name, tensor in tensors.items()}  # each (C, h, w)
-        LatentFile(header=header, tensors=stored).write(member.item.output)
+            tensors = {"z": self._z(posterior, key).to(dtype)}
+        if self.options.format == "kohya-npz":
+            tensors["latents"] = tensors["z"].float() if "z" in tensors else self._z(posterior, key)
+            for other in mirrored:  # a draw of its own, as for another image
+                tensors["latents_flipped"] = self._z(other, f"{key}\0mirrored")
+        return tensors
+
+    def _z(self, posterior: DiagonalGaussian, key: str) -> Tensor:
+        """The mean for store=mode, else a draw; (C, h, w)."""
+        if not self.options.draws:
+            return posterior.mode()[0]
+        return posterior.sample(image_generator(self.options.seed, key))[0]
 
 
 class DecodeRun:
@@ -198,6 +235,10 @@ def encode_folder(
     out: str | Path,
     *,
     vae: VaeRef = None,
+    format: str = EncodeOptions.format,
+    shard_size: int = EncodeOptions.shard_size,
+    kohya_suffix: str = EncodeOptions.kohya_suffix,
+    flip: bool = EncodeOptions.flip,
     store: str = EncodeOptions.store,
     latent_dtype: str = EncodeOptions.latent_dtype,
     seed: int = EncodeOptions.seed,
@@ -212,7 +253,7 @@ def encode_folder(
     overwrite: bool = EncodeOptions.overwrite,
     on_progress: OnProgress | None = None,
 ) -> EncodeReport:
-    """Encode images to one latent file each; what is up to date already is skipped.
+    """Encode images to one latent file each, or to shards; what is up to date already is skipped.
 
     images: a folder (its tree is mirrored), a file, a glob or a .txt list, or what `find_images` returned.
     vae: a folder, a file or a hub id; None for the bundled one; a loaded model runs where and as it is.
@@ -220,6 +261,10 @@ def encode_folder(
     Raises: ConfigError and CheckpointError before anything is written; SdvaeError where the disk is full.
     """
     options = EncodeOptions(
+        format=format,
+        shard_size=shard_size,
+        kohya_suffix=kohya_suffix,
+        flip=flip,
         store=store,
         latent_dtype=latent_dtype,
         seed=seed,
@@ -271,6 +316,22 @@ def decode_folder(
         overwrite=overwrite,
     )
     return DecodeRun(latents, out, vae, options).run(on_progress)
+
+
+def _check_format(options: EncodeOptions, vae: LoadedVae) -> None:
+    """Raises: ConfigError where the format cannot hold what this VAE and these options give."""
+    if options.format == "parquet":
+        check_installed()
+    if options.format != "kohya-npz":
+        return
+    channels, ratio = vae.model.config.latent_channels, vae.record.spatial_compression_ratio
+    if (channels, ratio) != (CHANNELS, RATIO):
+        raise ConfigError(
+            f"kohya's SD and SDXL trainers take latents of {CHANNELS} channels at {RATIO} px per position; "
+            f"{vae.record.name} has {channels} at {ratio}: choose another --format"
+        )
+    if options.size is not None and options.crop != "none" and options.size % RATIO:
+        raise ConfigError(f"size is {options.size}; kohya's buckets are multiples of {RATIO} px, most often of 64")
 
 
 def _to_device(tensors: Sequence[Tensor], vae: LoadedVae) -> Tensor:

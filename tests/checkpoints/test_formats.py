@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdvae.checkpoints.formats import Kind, find_vae_files, identify, kind_of_keys, read_shapes, shard_names
+from sdvae.checkpoints.formats import Kind, find_vae_files, identify, layout_of, read_shapes, shard_names
 from sdvae.errors import CheckpointError
 
 
@@ -29,24 +29,40 @@ def test_importing_formats_and_keys_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "kind"),
+    ("names", "kind", "prefix"),
     [
-        ([DIFFUSERS], Kind.FILE),
-        ([f"vae.{DIFFUSERS}", "unet.conv_in.weight"], Kind.PREFIXED),
-        ([LDM], Kind.LDM),
-        ([f"first_stage_model.{LDM}"], Kind.LDM),
-        ([f"first_stage_model.{LDM}", "model.diffusion_model.out.2.weight"], Kind.LDM_CHECKPOINT),
-        (["1.conv.0.weight"], Kind.TINY),
-        (["encoder.layers.1.conv.0.weight"], Kind.TINY),
-        (["down_blocks.0.resnets.0.norm1.weight"], Kind.OTHER),  # a UNet
-        (["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"], Kind.OTHER),
-        ([], Kind.OTHER),
+        ([DIFFUSERS], Kind.FILE, ""),
+        ([f"vae.{DIFFUSERS}", "unet.conv_in.weight"], Kind.PREFIXED, "vae."),
+        ([LDM], Kind.LDM, ""),
+        ([f"first_stage_model.{LDM}"], Kind.LDM, "first_stage_model."),
+        ([f"first_stage_model.{LDM}", "model.diffusion_model.out.2.weight"], Kind.LDM_CHECKPOINT, "first_stage_model."),
+        (["1.conv.0.weight"], Kind.TINY, ""),
+        (["encoder.layers.1.conv.0.weight"], Kind.TINY, ""),
+        (["down_blocks.0.resnets.0.norm1.weight"], Kind.OTHER, ""),  # a UNet
+        (["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"], Kind.OTHER, ""),
+        ([], Kind.OTHER, ""),
     ],
 )
-def test_a_weights_file_is_recognised_by_its_keys(tmp_path: Path, names: list[str], kind: Kind) -> None:
+def test_a_weights_file_is_recognised_by_its_keys(tmp_path: Path, names: list[str], kind: Kind, prefix: str) -> None:
     found = identify(write(tmp_path / "x.safetensors", *names))
-    assert (found.kind, found.config) == (kind, None)
+    assert (found.kind, found.prefix, found.config) == (kind, prefix, None)
     assert names[:1] == [] or names[0] in found.evidence
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [DIFFUSERS, LDM],
+        [f"first_stage_model.{LDM}", f"vae.{LDM}"],
+        [LDM, f"first_stage_model.{DIFFUSERS}"],
+        [DIFFUSERS, f"ema.{DIFFUSERS}"],
+    ],
+)
+def test_of_two_autoencoders_in_one_file_none_is_chosen(tmp_path: Path, names: list[str]) -> None:
+    path = write(tmp_path / "x.safetensors", *names)
+    with pytest.raises(CheckpointError, match=f"{path}: holds 2 autoencoders, and nothing says which") as caught:
+        identify(path)
+    assert all(f"(`{name}`)" in str(caught.value) for name in names)
 
 
 def test_real_taesd_weights_are_recognised(assets: Path) -> None:
@@ -54,8 +70,8 @@ def test_real_taesd_weights_are_recognised(assets: Path) -> None:
 
 
 def test_evidence_names_few_keys_of_many() -> None:
-    _, evidence = kind_of_keys([f"k{i:02}" for i in range(100)])
-    assert evidence == "100 keys: k00, k01, k02, k03, k04, k05 and 94 more"
+    layout = layout_of([f"k{i:02}" for i in range(100)], Path("x"))
+    assert layout.evidence == "100 keys: k00, k01, k02, k03, k04, k05 and 94 more"
 
 
 @pytest.mark.parametrize(

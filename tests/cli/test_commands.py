@@ -58,7 +58,8 @@ def test_json_is_one_object_with_the_documented_keys(images: Path, tmp_path: Pat
     (images / "bad.png").write_bytes(b"no image")
     encoded = sdvae("encode", images, tmp_path / "latents", "--vae", vae_path, "--json")
     report = json_of(encoded)
-    assert report.keys() == REPORT_KEYS
+    assert report.keys() == REPORT_KEYS | {"format", "manifest"}
+    assert (report["format"], report["manifest"]) == ("safetensors", str(tmp_path / "latents/manifest.jsonl"))
     assert (encoded.exit_code, report["exit_code"], report["done"], report["failed"]) == (3, 3, 2, 1)
     assert report["failures"][0].keys() == {"key", "source", "reason"}
     assert report["failures"][0]["source"] == str(images / "bad.png")
@@ -147,6 +148,7 @@ def test_reconstruct_leaves_latents_images_a_sheet_and_a_table_of_psnr(
     assert found == [
         "contact_sheet.png",
         "latents/a.jpg.safetensors",
+        "latents/manifest.jsonl",
         "latents/sub/b.png.safetensors",
         "reconstructions/a.png",
         "reconstructions/sub/b.png",

@@ -1,0 +1,95 @@
+"""Whether weights and a configuration belong together, and are fit for use."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdvae.checkpoints.keys import fields_from_shapes
+from sdvae.errors import CheckpointError, ConfigError
+from sdvae.model.autoencoder import AutoencoderKL
+
+__all__ = ["build", "check_fields", "config_fields", "first_not_finite", "key_problems", "misfit"]
+
+
+def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own fields of a config, without notes such as `_class_name`."""
+    return {field: value for field, value in config.items() if not field.startswith("_")}
+
+
+def check_fields(fields: Mapping[str, Any], source: object) -> None:
+    """Raise CheckpointError where a field is none of AutoencoderKL's. source: where they are from, for the message."""
+    known = list(inspect.signature(AutoencoderKL.__init__).parameters)[1:]
+    if unknown := sorted(set(fields) - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}."
+        raise CheckpointError(
+            f"{source}: unknown field `{unknown[0]}`: {hint} A field that is ignored may change what the VAE computes; "
+            f"if this one does not, pass config= with a copy that lacks it"
+        )
+
+
+def build(fields: Mapping[str, Any], source: object) -> AutoencoderKL:
+    """An autoencoder without memory for weights: they come from a file, so drawing random ones first is time lost.
+
+    source: where the fields are from. Raises: CheckpointError.
+    """
+    try:
+        with torch.device("meta"):
+            vae: AutoencoderKL = AutoencoderKL(**fields)
+            return vae
+    except (ConfigError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        parameters = list(inspect.signature(AutoencoderKL.__init__).parameters.values())[1:]
+        missing = [f"{p.name} = {p.default!r}" for p in parameters if p.name not in fields]
+        note = f". Fields that it lacks have their defaults: {', '.join(missing)}" if missing else ""
+        raise CheckpointError(f"{source}: no autoencoder can be built from it: {error}{note}") from error
+
+
+def key_problems(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps these weights from being a model's, whose own state is given; empty if nothing does."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    counts = {name for name, tensor in state.items() if not tensor.is_floating_point()}  # whole by their nature
+    wrong = [name for name, shape in expected.items() if found.get(name, shape) != shape]
+    problems = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
+        "unexpected": [f"{name} {shape}" for name, shape in found.items() if name not in expected],
+        "wrongly shaped": [f"{name}, file {found[name]}, model {expected[name]}" for name in wrong],
+        "not floating point": [
+            f"{name} {t.dtype}" for name, t in tensors.items() if not t.is_floating_point() and name not in counts
+        ],
+    }
+    return "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
+
+
+def misfit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], vae: AutoencoderKL) -> str:
+    """What keeps these weights from being those of `vae`, built from `fields`; empty if nothing does."""
+    if not (problems := key_problems(tensors, vae.state_dict())):
+        return ""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    causes = []
+    for field, value in fields_from_shapes(found).items():
+        configured = vae.config[field]
+        if (list(configured) if isinstance(configured, tuple) else configured) != value:
+            origin = "is" if field in fields else "is missing, so it is"
+            causes.append(f"{field} {origin} {configured!r}, the weights were made with {value!r}")
+    return problems + (f". In the configuration, {'; '.join(causes)}" if causes else "")
+
+
+def _first(names: list[str]) -> str:
+    return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that has an infinite value or none at all."""
+    # The extremes carry inf and nan along, in one pass; isfinite().all() makes copies as large as the tensor.
+    for name, tensor in tensors.items():
+        values = tensor.float() if tensor.element_size() == 1 else tensor  # types of 8 bit have no minimum
+        if not all(torch.isfinite(extreme) for extreme in values.aminmax()):
+            return name
+    return None

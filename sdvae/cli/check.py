@@ -1,0 +1,246 @@
+"""`sdvae check`: which number formats hold a VAE's activations, and which programs take its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdvae.cli.options import json_option
+from sdvae.cli.output import note, print_json, print_table, progress, shown
+from sdvae.codec.options import DEVICES
+from sdvae.errors import CheckpointError, ImageError, OutputExistsError
+
+if TYPE_CHECKING:
+    from sdvae.data.sources import ImageFile
+    from sdvae.evaluation.audit import Audit
+    from sdvae.evaluation.stress import Pixels
+
+__all__ = ["audit_options", "check_command", "choose_files", "read_pixels"]
+
+AUDIT_NAME, CHART_NAME = "audit.json", "audit.svg"
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+SHOWN_LAYERS = 10
+_PHOTOS = Path(__file__).parents[1] / "assets" / "photos"
+
+
+def audit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """On which images, and where, an audit measures."""
+    options = (
+        click.option(
+            "--size",
+            "size_px",
+            type=click.IntRange(min=8),
+            default=256,
+            show_default=True,
+            metavar="N",
+            help="Images are cut to central squares of N px.",
+        ),
+        click.option(
+            "--limit",
+            type=click.IntRange(min=1),
+            default=4,
+            show_default=True,
+            metavar="N",
+            help="Take N images, evenly spaced over the sorted names.",
+        ),
+        click.option(
+            "--probe-size",
+            "probe_size_px",
+            type=click.IntRange(min=8),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Of two images that are really computed in fp16; CPUs are slow at it.",
+        ),
+        click.option(
+            "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: cuda, mps, cpu."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command(
+    name="check",
+    epilog="""\b
+Examples:
+  sdvae check runs/mine/vae --out audit
+  sdvae check runs/mine/vae photos --size 512 --limit 16 --fail-if-unsafe fp16""",
+)
+@click.argument("vae")
+@click.argument("images", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help=f"Folder for {AUDIT_NAME} and {CHART_NAME}, a chart.")
+@audit_options
+@click.option(
+    "--fail-if-unsafe",
+    "gates",
+    type=click.Choice(list(DTYPES)),
+    multiple=True,
+    help="Exit code 1 unless the verdict is `safe`; may be repeated.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an audit that is in --out.")
+@click.option("--dry-run", is_flag=True, help="Print what would be measured and written, and do neither.")
+@json_option
+@click.pass_context
+def check_command(
+    ctx: click.Context,
+    /,
+    vae: str,
+    images: str | None,
+    out: Path | None,
+    size_px: int,
+    limit: int,
+    probe_size_px: int,
+    device: str,
+    gates: tuple[str, ...],
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Audit the precision of VAE: the peak of every layer on IMAGES against the limits of fp16 and bf16.
+
+    VAE is a folder, a file or a hub id; IMAGES a folder, a file, a glob in quotes, or a .txt list, by default the
+    bundled photographs. Then says which programs take the VAE's files.
+    """
+    _check_out(out, overwrite)
+    files = choose_files(images, limit)
+    if dry_run:
+        _print_dry_run(vae, files, out, as_json)
+        return
+    import torch
+
+    from sdvae.evaluation.audit import audit
+    from sdvae.evaluation.subject import open_subject
+    from sdvae.model.device import choose_device
+
+    subject = open_subject(vae, choose_device(device), torch.float32)
+    with progress("check") as on_progress:
+        found = audit(subject, read_pixels(files, size_px, on_progress), probe_size_px=probe_size_px)
+    failed = [found.verdict(DTYPES[gate]).sentence for gate in gates if found.verdict(DTYPES[gate]).level != "safe"]
+    loaders = _loaders(vae)
+    exit_code = 1 if failed else 0
+    data = {
+        "command": "check",
+        **found.to_json(),
+        "size_px": size_px,
+        "loaders": loaders,
+        "out": None if out is None else str(out),
+        "failed_gates": failed,
+        "exit_code": exit_code,
+    }
+    if out is not None:
+        _write(found, data, out)
+    if as_json:
+        print_json(data)
+    else:
+        _print(found, loaders, out)
+    for sentence in failed:
+        note(f"FAILED: {sentence}")
+    ctx.exit(exit_code)
+
+
+def choose_files(images: str | None, limit: int) -> list[ImageFile]:
+    """At most `limit` of the images that are named, evenly spaced; of the bundled photographs where none are."""
+    from sdvae.data.sources import find_images
+    from sdvae.evaluation.images import choose_images
+
+    return choose_images(find_images(_PHOTOS if images is None else images), limit)
+
+
+def read_pixels(
+    files: Sequence[ImageFile], size_px: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[Pixels]:
+    """Central squares of the images, (size_px, size_px, 3), uint8; those that cannot be read are named on stderr.
+
+    Raises: ImageError where none can be read.
+    """
+    from sdvae.evaluation.images import prepare
+    from sdvae.evaluation.protocol import Protocol
+
+    protocol, count = Protocol(preset="audit", size_px=size_px, crop="center"), 0
+    for index, file in enumerate(files):
+        try:
+            pixels = prepare(index, file, protocol).pixels
+        except ImageError as error:
+            note(shown(f"not read: {error}"))
+            continue
+        yield pixels
+        count += 1
+        on_progress(index + 1, len(files))
+    if not count:
+        raise ImageError(f"none of the {len(files)} images can be read")
+
+
+def _check_out(out: Path | None, overwrite: bool) -> None:
+    if out is None or overwrite:
+        return
+    if there := [name for name in (AUDIT_NAME, CHART_NAME) if (out / name).exists()]:
+        raise OutputExistsError(f"{out / there[0]} is there already: choose another --out, or give --overwrite")
+
+
+def _print_dry_run(vae: str, files: Sequence[ImageFile], out: Path | None, as_json: bool) -> None:
+    outputs = [] if out is None else [str(out / AUDIT_NAME), str(out / CHART_NAME)]
+    keys = [shown(file.key) for file in files]
+    if as_json:
+        print_json({"command": "check", "dry_run": True, "vae": vae, "images": keys, "outputs": outputs})
+        return
+    click.echo(shown(f"Would measure {vae} on {', '.join(keys)}"))
+    for output in outputs:
+        click.echo(shown(f"Would write {output}"))
+    click.echo("Nothing was written.")
+
+
+def _loaders(vae: str) -> list[dict[str, Any]]:
+    from sdvae.checkpoints.describe import describe_vae
+
+    try:
+        loaders: list[dict[str, Any]] = describe_vae(vae)["loaders"]
+    except CheckpointError:  # it is loaded already, so what is left is no VAE file of its own
+        return []
+    return loaders
+
+
+def _write(found: Audit, data: dict[str, Any], out: Path) -> None:
+    from sdvae.evaluation.audit_chart import audit_chart
+    from sdvae.files import write_atomic
+
+    write_atomic(audit_chart(found).encode("utf-8", "replace"), out / CHART_NAME)
+    write_atomic(json.dumps(data, indent=2, allow_nan=False).encode(), out / AUDIT_NAME)
+
+
+def _print(found: Audit, loaders: Sequence[dict[str, Any]], out: Path | None) -> None:
+    from sdvae.evaluation.audit import headroom_bits
+
+    images = f"{found.num_images} image{'s' if found.num_images != 1 else ''}"
+    click.echo(shown(f"{found.vae}: {found.class_name}, {len(found.layers)} layers, {images}, on {found.device}"))
+    for verdict in found.verdicts:
+        click.echo(verdict.sentence)
+    for sentence in filter(None, [found.upcast, *found.hazards]):
+        click.echo(f"Note: {sentence}")
+    click.echo("")
+    rows = [
+        (layer.name, layer.kind, f"{layer.peak:.4g}", f"{layer.percentile:.4g}", _bits(layer.peak, headroom_bits))
+        for layer in found.tightest(SHOWN_LAYERS)
+    ]
+    print_table(("largest magnitudes", "kind", "peak", "99.99 %", "bits to fp16's limit"), rows)
+    if loaders:
+        click.echo("\nPrograms that take the files as they are:")
+    for loader in loaders:
+        click.echo(shown(f"  {'yes' if loader['takes'] else 'no '}  {loader['loader']}{_reason(loader)}"))
+    if out is not None:
+        click.echo(shown(f"\nChart: {out / CHART_NAME}"))
+
+
+def _bits(peak: float, headroom_bits: Callable[[float, str], float]) -> str:
+    bits = headroom_bits(peak, "float16")
+    return f"{bits:.1f}" if bits >= 0 else f"overflows by {-bits:.1f}"
+
+
+def _reason(loader: dict[str, Any]) -> str:
+    words = ": " + "; ".join(loader["reasons"]) if loader["reasons"] and not loader["takes"] else ""
+    return words + (f" -> {loader['fix']}" if loader["fix"] and not loader["takes"] else "")

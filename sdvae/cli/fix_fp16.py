@@ -1,0 +1,151 @@
+"""`sdvae fix-fp16`: a VAE that overflows in float16, rewritten so that it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdvae.cli.check import audit_options, choose_files, read_pixels
+from sdvae.cli.options import json_option
+from sdvae.cli.output import print_json, print_table, progress, shown
+from sdvae.codec.options import COMPUTE_DTYPES
+
+if TYPE_CHECKING:
+    from sdvae.evaluation.audit import Audit
+    from sdvae.evaluation.fix_fp16 import Fix
+
+__all__ = ["fix_fp16_command"]
+
+
+@click.command(
+    name="fix-fp16",
+    epilog="""\b
+Examples:
+  sdvae fix-fp16 my-vae my-vae-fp16
+  sdvae fix-fp16 my-vae my-vae-fp16 photos --headroom 3 --dtype float16""",
+)
+@click.argument("vae")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("images", required=False)
+@click.option(
+    "--headroom",
+    type=click.FloatRange(min=0, max=8),
+    default=2.0,
+    show_default=True,
+    metavar="BITS",
+    help="Of every layer below fp16's limit; 2 bits leave room for values four times as large.",
+)
+@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Of the stored weights.  [default: as in VAE]")
+@audit_options
+@click.option("--force", is_flag=True, help="Write a copy even where nothing is to fix.")
+@click.option("--overwrite", is_flag=True, help="Replace a VAE that is in DST.")
+@click.option("--dry-run", is_flag=True, help="Measure, and print what would be done, but write nothing.")
+@json_option
+def fix_fp16_command(
+    vae: str,
+    dst: Path,
+    images: str | None,
+    headroom: float,
+    dtype: str | None,
+    size_px: int,
+    limit: int,
+    probe_size_px: int,
+    device: str,
+    force: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Rewrite VAE so that its activations fit into fp16, and write it to DST as a diffusers folder.
+
+    Powers of two make the residual stream smaller, and the norms cancel them: the function stays the same, which is
+    measured on IMAGES (by default the bundled photographs) before anything is written. Nothing is trained.
+    """
+    from sdvae.checkpoints.folders import check_replaceable, new_folder
+    from sdvae.checkpoints.store import why_no_vae_folder
+
+    check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
+    files = choose_files(images, limit)
+    import torch
+
+    from sdvae.checkpoints.read import read_checkpoint
+    from sdvae.checkpoints.write import write_diffusers_folder
+    from sdvae.evaluation.fix_fp16 import fix_fp16
+    from sdvae.model.device import choose_device
+
+    checkpoint = read_checkpoint(vae)
+    with progress("read") as on_progress:
+        pixels = list(read_pixels(files, size_px, on_progress))
+    fix = fix_fp16(
+        checkpoint,
+        pixels,
+        name=vae,
+        headroom_bits=headroom,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        device=choose_device(device),
+        probe_size_px=probe_size_px,
+    )
+    writes = (fix.needed or force) and not dry_run
+    if writes:
+        with new_folder(dst, overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
+            write_diffusers_folder(folder, fix.tensors, fix.fields, fix.notes)
+    if as_json:
+        print_json(_to_json(fix, vae, dst, writes, dry_run, checkpoint.remarks))
+    else:
+        _print(fix, dst, writes, dry_run, force)
+
+
+def _to_json(fix: Fix, vae: str, dst: Path, written: bool, dry_run: bool, remarks: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "command": "fix-fp16",
+        "dry_run": dry_run,
+        "vae": vae,
+        "out": str(dst),
+        "written": written,
+        **fix.to_json(),
+        "remarks": list(remarks),
+        "exit_code": 0,
+    }
+
+
+def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool) -> None:
+    if not fix.needed:
+        peak = fix.before.tightest(1)[0].peak
+        click.echo(f"Nothing to fix: every layer has {fix.headroom_bits:g} bits of headroom or more, peak {peak:.4g}.")
+    else:
+        _print_numbers(fix)
+    if written:
+        upcast = "; force_upcast is false now" if fix.fields.get("force_upcast") is False else ""
+        click.echo(shown(f"Written to {dst}{upcast}."))
+    elif dry_run and (fix.needed or force):
+        click.echo(shown(f"Would write {dst}. Nothing was written."))
+    else:
+        click.echo("Nothing was written; --force writes a copy.")
+
+
+def _print_numbers(fix: Fix) -> None:
+    networks = {"encoder": fix.scale.encoder, "decoder": fix.scale.decoder, **fix.scale.blocks}
+    for name, exponent in networks.items():
+        if exponent:
+            click.echo(f"{name}: scaled by 2^{exponent}")
+    rows = [
+        ("largest magnitude", *(f"{found.tightest(1)[0].peak:.4g}" for found in (fix.before, fix.after))),
+        ("fp16: difference of z", *(_of_probe(found, "z_error") for found in (fix.before, fix.after))),
+        ("fp16: largest difference of x", *(_of_probe(found, "max_difference") for found in (fix.before, fix.after))),
+        ("fp16: dB against fp32", *(_of_probe(found, "psnr_against_fp32") for found in (fix.before, fix.after))),
+        ("weights below fp16's normal range", f"{fix.underflow_before:.2%}", f"{fix.underflow_after:.2%}"),
+    ]
+    print_table(("", "before", "after"), rows)
+    click.echo(
+        f"Function in fp32: encoder changed by {fix.encoder_change:.2g}, decoder by {fix.decoder_change:.2g} of its "
+        f"output's range; through epsilon by at most {fix.epsilon_effect:.2g} in {fix.epsilon_norm}"
+    )
+    click.echo(fix.after.verdict("float16").sentence)
+
+
+def _of_probe(found: Audit, name: str) -> str:
+    probe = found.probes[0]
+    value = getattr(probe, name)
+    return f"{value:.4g}" if value is not None else ("not tried" if probe.error else "NaN")

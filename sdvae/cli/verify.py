@@ -1,0 +1,91 @@
+"""`sdvae verify`: whether a latent cache is what it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvae.cli.options import json_option
+from sdvae.cli.output import print_json, progress, shown
+from sdvae.codec.options import DEVICES
+
+if TYPE_CHECKING:
+    from sdvae.codec.verify import VerifyReport
+
+__all__ = ["verify_command"]
+
+_SHOWN = 20  # of a list in text; JSON has all
+
+
+@click.command(
+    name="verify",
+    epilog="""\b
+Examples:
+  sdvae verify latents
+  sdvae verify latents --images photos --sample 32 --json""",
+)
+@click.argument("cache", type=click.Path())
+@click.option("--images", type=click.Path(), metavar="DIR", help="The folder that was encoded: encode a sample again.")
+@click.option("--vae", metavar="REF", help="The VAE that CACHE is to be of.  [default: the one that it names]")
+@click.option(
+    "--sample", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Images to encode again."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of the sample.")
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: cuda, mps, cpu.")
+@json_option
+@click.pass_context
+def verify_command(
+    ctx: click.Context,
+    /,
+    cache: str,
+    images: str | None,
+    vae: str | None,
+    sample: int,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check the latent cache CACHE, a folder that `encode` wrote in any format.
+
+    Each file is compared with the manifest (lost, added, changed), read, and searched for values that are not finite;
+    shapes, keys, the VAE and the settings must agree. With --images, some latents are computed again and compared.
+    Nothing is written. Problems are listed, and the exit code is then 3.
+    """
+    from sdvae.codec.verify import verify_cache
+
+    with progress("verify") as on_progress:
+        report = verify_cache(
+            cache, images=images, vae=vae, sample=sample, seed=seed, device=device, on_progress=on_progress
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print(report)
+    ctx.exit(report.exit_code)
+
+
+def _print(report: VerifyReport) -> None:
+    size = f"{report.size_bytes / 1e6:.3g} MB"
+    click.echo(shown(f"{report.cache}: {report.format}, {report.num_files} files, {report.num_items} latents, {size}"))
+    if report.vae_digest:
+        stored = f"{report.store} in {report.latent_dtype}"
+        click.echo(shown(f"of the VAE {report.vae} ({report.vae_digest[:19]}), {stored}"))
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}")
+    if report.reencoded:
+        worst = max(report.reencoded, key=lambda each: each.difference / each.tolerance)
+        equal = sum(each.ok for each in report.reencoded)
+        click.echo(
+            f"encoded again: {equal} of {len(report.reencoded)} alike, at most {worst.difference:.2g} standard "
+            f"deviations of z apart (up to {worst.tolerance:.2g} is rounding)"
+        )
+    if not report.problems:
+        click.echo("No problems found.")
+        return
+    click.echo(f"{len(report.problems)} problems:")
+    for problem in report.problems[:_SHOWN]:
+        where = ": ".join(part for part in (problem.file, problem.key) if part)
+        click.echo(shown(f"  {where}: {problem.reason}" if where else f"  {problem.reason}"))
+    if len(report.problems) > _SHOWN:
+        click.echo(f"  and {len(report.problems) - _SHOWN} more (--json lists all)")

@@ -1,0 +1,96 @@
+"""`sdvae convert` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from sdvae.checkpoints.store import load_autoencoder
+from sdvae.cli.main import cli
+
+KEYS = {
+    "command", "status", "source", "source_kind", "source_evidence", "source_digest", "source_dtypes", "remarks",
+    "target", "to", "dtypes", "num_bytes", "num_copied_files", "config", "rewrites", "fold", "verification", "onnx",
+    "loaders", "warnings", "dry_run", "exit_code",
+}  # fmt: skip
+
+
+def sdvae(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["convert", *(str(argument) for argument in arguments)])
+
+
+def json_of(result: Result) -> dict[str, Any]:
+    data = json.loads(result.stdout)
+    assert isinstance(data, dict)
+    return data
+
+
+def test_the_report_names_source_result_and_errors(vae_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    result = sdvae(vae_path, out, "--to", "ldm")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("source    vae: diffusers VAE folder (key `") and lines[0].endswith("), float32")
+    assert lines[2].startswith(f"result    {out}: ldm, float32, ")
+    assert "scale     scaling_factor 0.18215, shift_factor 0.1" in lines
+    (verified,) = (line for line in lines if line.startswith("verified"))
+    assert "equal to the source bit for bit; names and shapes are those of the original program" in verified
+    rows = {line.split()[0]: line.split()[1] for line in lines if line.split()[0] in ("latents", "std", "recon")}
+    assert rows == {"latents": "0", "std": "0", "recon": "0"}
+    assert lines[-1] == "Written."
+    assert "Warning: an LDM file carries no scale" in result.stderr and "--fold-scale 0.18215" in result.stderr
+    assert any(line.startswith("not by    ComfyUI") for line in lines)
+
+    again = sdvae(vae_path, out, "--to", "ldm")
+    assert again.exit_code == 0 and again.stdout.endswith("Up to date: nothing was written.\n")
+    other = sdvae(vae_path, out, "--to", "ldm", "--dtype", "float16")
+    assert other.exit_code == 2 and "exists" in other.stderr
+    replaced = sdvae(vae_path, out, "--to", "ldm", "--dtype", "float16", "--overwrite")
+    assert replaced.exit_code == 0 and "ldm, float16" in replaced.stdout
+
+
+def test_a_fold_prints_what_was_verified(vae_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folded"
+    result = sdvae(vae_path, out, "--fold-scale", 0.13025, "--scaling-factor", 0.4)
+    assert result.exit_code == 0, result.output
+    assert "rewrite   folded scaling_factor 0.4, shift_factor 0.1 into scaling_factor 0.13025" in result.stdout
+    assert "fold      exact on photographs, in float32: latents to " in result.stdout
+    config = load_autoencoder(out).config
+    assert (config.scaling_factor, config.shift_factor) == (0.13025, None)
+
+
+def test_json_is_one_object_with_the_documented_keys(vae_path: Path, tmp_path: Path) -> None:
+    data = json_of(sdvae(vae_path, tmp_path / "a", "--dtype", "bfloat16", "--json"))
+    assert data.keys() == KEYS
+    assert (data["command"], data["status"], data["dry_run"], data["exit_code"]) == ("convert", "written", False, 0)
+    assert data["verification"]["identical"] is False
+    assert [comparison["name"] for comparison in data["verification"]["comparisons"]] == [
+        "latents",
+        "logvar",
+        "std",
+        "recon",
+    ]
+    documented = (Path(__file__).parents[2] / "docs/convert.md").read_text()
+    assert all(f"`{key}`" in documented for key in KEYS)
+
+
+def test_a_dry_run_writes_nothing(vae_path: Path, tmp_path: Path) -> None:
+    result = sdvae(vae_path, tmp_path / "a", "--dry-run")
+    assert result.exit_code == 0 and result.stdout.endswith("Would write it. Nothing was written.\n")
+    data = json_of(sdvae(vae_path, tmp_path / "a", "--dry-run", "--json"))
+    assert (data["status"], data["dry_run"], data["verification"]) == ("new", True, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_usage_is_2_and_a_source_that_is_none_is_1(vae_path: Path, tmp_path: Path) -> None:
+    usage = sdvae(vae_path, tmp_path / "a", "--to", "ldm")
+    assert usage.exit_code == 2 and ".safetensors" in usage.stderr
+    assert sdvae(vae_path, tmp_path / "a", "--prefix", "model.").exit_code == 2
+    missing = sdvae(tmp_path / "nowhere", tmp_path / "a")
+    assert missing.exit_code == 1 and "nowhere" in missing.stderr
+    (tmp_path / "empty").mkdir()
+    pipeline = sdvae(vae_path, tmp_path / "a", "--into", tmp_path / "empty")
+    assert pipeline.exit_code == 1 and "model_index.json" in pipeline.stderr
