@@ -88,7 +88,7 @@ def convert(src: str | Path | None, dst: str | Path, **options: Any) -> ConvertR
     place = Place(target, chosen, pipeline)
     place.check_early()
     work = prepare(src, chosen, pipeline)
-    place.check_not_source(work.source, pipeline)
+    place.check_not_source(work.source)
     if place.holds(work):
         return _report("up to date", work, place)
     place.check_free()

@@ -44,7 +44,7 @@ class Place:
         if self._made_with() != self.options.to_notes():
             self.check_free()
 
-    def check_not_source(self, source: Checkpoint, pipeline: Pipeline | None) -> None:
+    def check_not_source(self, source: Checkpoint) -> None:
         """Raises: ConfigError where the source would be replaced by the result."""
         weights, target = source.found.weights.resolve(), self.target.resolve()
         if weights == target or weights.is_relative_to(target):

@@ -51,6 +51,11 @@ class Work:
 
 
 def prepare(src: str | Path | None, chosen: ConvertOptions, pipeline: Pipeline | None) -> Work:
+    """Read a source, fold and cast it as asked, and note what was done.
+
+    pipeline: the one that the result goes into. Raises: CheckpointError for a source that cannot be read, a fold that
+    would not be exact, and values that the new type cannot hold; ConfigError for fields that have no meaning together.
+    """
     source = read_checkpoint(
         src, config=chosen.config, variant=chosen.source_variant, fields=chosen.source_fields() or None
     )

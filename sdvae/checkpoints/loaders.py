@@ -253,8 +253,9 @@ def _comfyui(facts: WeightFacts) -> LoaderVerdict:
     notes = []
     if facts.naming == "diffusers":
         notes.append("put the weights file into models/vae; config.json is never read")
+    scale = "the diffusion model's latent format"
     return _verdict(
-        facts, "ComfyUI", function, layout, notes, "the diffusion model's latent format", "ldm", *_families(facts)
+        facts, "ComfyUI", function, layout, notes, scale, "ldm", *_families(facts), may_add_quant_convs=True
     )
 
 
@@ -451,54 +452,68 @@ def _verdict(
     scale_from: str,
     target: str | None,
     *families: _Scale,
+    may_add_quant_convs: bool = False,
 ) -> LoaderVerdict:
     """Put a verdict together.
 
     function: what no other file of this VAE would change. layout: what a conversion to `target` would.
     target: of `sdvae convert --to`; None where the weights are fine for another way of the same program.
     families: the models whose scale the program applies; none where it takes any.
+    may_add_quant_convs: the program takes a VAE with quant convs as well as one without.
     """
     if incomplete := _incomplete(facts):
         return LoaderVerdict(loader=loader, takes=False, reasons=(incomplete,), scale_from=scale_from, fix=None)
     if function:
         return LoaderVerdict(loader=loader, takes=False, reasons=(*function, *layout), scale_from=scale_from, fix=None)
-    fold = _fold(facts, families)
+    fold = _fold(facts, families, may_add_quant_convs)
     if families:
         scale_from += ": " + ", ".join(_shown(family) for family in families)
+    # Nothing is to be done, or nothing can be: a scale that does not fold keeps the weights from being used rightly.
+    fix = _command(facts, target, fold) if target and (layout or fold) and fold is not _IMPOSSIBLE else None
+    if fold is not None:
+        notes = [*notes, _wrong_scale(facts, fold)]
     if layout:
-        fix = _command(facts, target, fold) if target else None
-        return LoaderVerdict(loader=loader, takes=False, reasons=tuple(layout), scale_from=scale_from, fix=fix)
-    if fold:
-        notes = [*notes, _wrong_scale(facts)]
-    fix = _command(facts, target, fold) if fold and target else None
+        wrong = [_wrong_scale(facts, fold)] if fold is _IMPOSSIBLE else []
+        return LoaderVerdict(loader=loader, takes=False, reasons=(*layout, *wrong), scale_from=scale_from, fix=fix)
     return LoaderVerdict(loader=loader, takes=True, reasons=tuple(notes), scale_from=scale_from, fix=fix)
 
 
-def _fold(facts: WeightFacts, families: tuple[_Scale, ...]) -> _Scale | None:
-    """The scale to fold into the weights, where this VAE's is none of those that the program applies."""
+_IMPOSSIBLE: tuple[str, ...] = ()
+
+
+def _fold(facts: WeightFacts, families: tuple[_Scale, ...], may_add_quant_convs: bool) -> tuple[str, ...] | None:
+    """Options of `sdvae convert` that fold the scale into the weights. None: the program applies this VAE's own."""
     if not families or facts.scale is None:
         return None
-    fits = facts.scale in {(family.scale, family.shift) for family in families} and not facts.has_channel_scale
-    return None if fits else families[0]
+    if facts.scale in {(family.scale, family.shift) for family in families} and not facts.has_channel_scale:
+        return None
+    target, (scale, shift) = families[0], facts.scale
+    options = ["--fold-scale", f"{target.scale:g}"] + (["--fold-shift", f"{target.shift:g}"] if target.shift else [])
+    # A constant that is added to z cannot go through the zero padding of the decoder's first convolution, see
+    # rewrite.fold_scale: it needs a 1x1 convolution before that.
+    constant = facts.has_channel_scale or abs(shift * scale - target.shift * target.scale) > 1e-6
+    if constant and not facts.quant_convs[1]:
+        return (*options, "--add-quant-convs") if may_add_quant_convs else _IMPOSSIBLE
+    return tuple(options)
 
 
-def _wrong_scale(facts: WeightFacts) -> str:
+def _wrong_scale(facts: WeightFacts, fold: tuple[str, ...]) -> str:
     scale, shift = facts.scale or (1.0, 0.0)
     own = f"scaling_factor {scale:g}" + (f" and shift_factor {shift:g}" if shift else "")
     own += ", and a mean and std for each channel" if facts.has_channel_scale else ""
-    return f"applies the scale of its model, but this VAE has {own}: fold it into the weights"
+    hint = (
+        "that cannot be folded into weights without quant_conv and post_quant_conv, which the program leaves out"
+        if fold is _IMPOSSIBLE
+        else "fold it into the weights"
+    )
+    return f"applies the scale of its model, but this VAE has {own}: {hint}"
 
 
-def _command(facts: WeightFacts, target: str | None, fold: _Scale | None) -> str:
+def _command(facts: WeightFacts, target: str, fold: tuple[str, ...] | None) -> str:
     name = PurePath(facts.path).name
     stem = name if facts.is_folder else PurePath(name).stem
     out = f"{stem}-ldm.safetensors" if target == "ldm" else f"{stem}-diffusers"
-    words = ["sdvae", "convert", facts.path, out, "--to", target or ""]
-    if fold:
-        words += ["--fold-scale", f"{fold.scale:g}"]
-        if fold.shift:
-            words += ["--fold-shift", f"{fold.shift:g}"]
-    return shlex.join(words)
+    return shlex.join(["sdvae", "convert", facts.path, out, "--to", target, *(fold or ())])
 
 
 def _shown(scale: _Scale) -> str:

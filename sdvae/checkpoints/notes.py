@@ -200,9 +200,9 @@ def _copy_tree(source: Path, target: Path, leave_out: Iterable[Path]) -> None:
 
 def _link_or_copy(source: str, target: str) -> None:
     try:
-        os.link(source, target, follow_symlinks=False)
+        os.link(source, target)
     except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+        shutil.copy2(source, target)
 
 
 def _read_header(path: Path) -> dict[str, Any]:

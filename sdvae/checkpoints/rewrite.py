@@ -95,7 +95,11 @@ def fold_scale(
         raise CheckpointError(
             f"the fold shifts z by {d.abs().max():.4g}, and there is no post_quant_conv to undo it: decoder.conv_in "
             "pads z with zeros, so the image would change along its border. Add quant convs"
-            + (f", or fold into shift_factor {(k * mean)[0]:.6g}, which needs no offset" if _equal(k * mean) else "")
+            + (
+                f", or fold into shift_factor {float((k * mean)[0])!r}, which needs no offset"
+                if _equal(k * mean)
+                else ""
+            )
         )
 
     def put(name: str, value: Tensor) -> None:

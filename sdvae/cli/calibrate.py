@@ -30,7 +30,7 @@ Examples:
 @click.option(
     "--per-channel",
     is_flag=True,
-    help="With --write: latents_mean and latents_std as well, which SDXL pipelines read and SD pipelines ignore.",
+    help="With --write: latents_mean and latents_std as well, for SDXL text-to-image; SD pipelines ignore them.",
 )
 @click.option(
     "--max-images",

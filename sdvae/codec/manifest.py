@@ -126,6 +126,9 @@ def read_manifest(path: str | Path) -> Manifest:
         counts = (header["num_files"], header["num_items"])
     except (KeyError, TypeError, ValueError) as error:
         raise LatentFileError(f"{path}: damaged manifest: {error}") from error
+    unknown = {index for file in files for index in file.settings} - set(range(len(settings)))
+    if unknown:
+        raise LatentFileError(f"{path}: damaged manifest: there are no settings {min(unknown)}")
     if counts != (manifest.num_files, manifest.num_items):
         raise LatentFileError(
             f"{path}: damaged manifest: lists {manifest.num_files} files with {manifest.num_items} items, but its "

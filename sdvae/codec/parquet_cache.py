@@ -69,6 +69,7 @@ def to_bytes(items: Sequence[CacheItem]) -> bytes:
         buffer,
         schema,
         use_dictionary=["source_digest", "vae_digest"],
+        write_statistics=list(_FACTS),
         compression={name: "none" if name in names else "zstd" for name in schema.names},  # latents do not shrink
     ) as writer:
         for start in range(0, len(items), _ROW_GROUP):

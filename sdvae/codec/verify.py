@@ -247,7 +247,7 @@ class _Check:
         if listed and index < len(listed.items):
             if reason := _item_differs(item, listed, index):
                 self.add(item.file, reason, key)
-            known = [manifest.settings[i] for i in listed.settings if manifest and 0 <= i < len(manifest.settings)]
+            known = [manifest.settings[i] for i in listed.settings] if manifest else []
             if settings not in known:
                 self.add(item.file, "its header does not say what the manifest says of VAE and options", key)
         self.num_items += 1
@@ -339,7 +339,7 @@ def _settings_differ(found: CacheSettings, expected: CacheSettings) -> str | Non
 
 def _common_settings(manifest: Manifest) -> CacheSettings | None:
     """The settings of the most files; the first of those that tie."""
-    counts = Counter(i for file in manifest.files for i in file.settings if 0 <= i < len(manifest.settings))
+    counts = Counter(index for file in manifest.files for index in file.settings)
     if not counts:
         return manifest.settings[0] if manifest.settings else None
     return manifest.settings[max(sorted(counts), key=lambda index: counts[index])]

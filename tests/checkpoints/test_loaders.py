@@ -276,7 +276,17 @@ def test_a_fix_is_offered_where_another_layout_would_do_and_only_there() -> None
         (SD | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "A1111", "--fold-scale 0.18215"),
         (FLUX, "flux load_ae", None),
         (FLUX | SD3_SCALE, "ComfyUI", None),
-        (FLUX | SD3_SCALE, "flux load_ae", "--fold-scale 0.3611 --fold-shift 0.1159"),
+        # no offset is left: 0.7222 * 0.05795 = 0.3611 * 0.1159
+        (
+            FLUX | {"scaling_factor": 0.7222, "shift_factor": 0.05795},
+            "flux load_ae",
+            "--fold-scale 0.3611 --fold-shift 0.1159",
+        ),
+        (
+            FLUX | {"scaling_factor": 0.5, "shift_factor": 0.0},
+            "ComfyUI",
+            "--fold-scale 0.3611 --fold-shift 0.1159 --add-quant-convs",
+        ),
         (SD | {"scaling_factor": 0.31}, "CompVis / sgm", None),  # its yaml has a scale
         (SD | {"scaling_factor": 0.31, "shift_factor": 0.1}, "CompVis / sgm", "--fold-scale 0.31"),  # but no shift
         (SD | {"scaling_factor": 0.31}, "diffusers from_single_file", None),  # it reads config.json
@@ -291,7 +301,15 @@ def test_a_scale_that_the_program_does_not_know_is_folded(
         assert verdict.fix is None
     else:
         assert verdict.fix == f"sdvae convert vae.safetensors vae-ldm.safetensors --to ldm {options}"
-        assert f"{fields['scaling_factor']:g}" in " ".join(verdict.reasons) if "scaling_factor" in fields else True
+        assert f"scaling_factor {fields.get('scaling_factor', 0.18215):g}" in " ".join(verdict.reasons)
+
+
+def test_a_shift_without_quant_convs_is_said_not_to_fold() -> None:
+    judged = verdicts(facts(FLUX | SD3_SCALE))
+    assert judged["flux load_ae"].takes and judged["flux load_ae"].fix is None
+    assert "cannot be folded into weights without quant_conv" in " ".join(judged["flux load_ae"].reasons)
+    prefixed = verdicts(facts(FLUX | SD3_SCALE, "ldm", behind("vae.")))["flux load_ae"]
+    assert not prefixed.takes and prefixed.fix is None and "cannot be folded" in " ".join(prefixed.reasons)
 
 
 def test_other_weights_are_not_judged() -> None:

@@ -166,6 +166,7 @@ def test_headers_that_carry_the_configuration_say_the_same_afterwards(make_vae: 
     (folder / "images").mkdir()
     (folder / "images/a.txt").write_text("a")
     (folder / "link").symlink_to("images/a.txt")
+    (folder / "linked").symlink_to("images")
     tensors, other = load_file(folder / WEIGHTS), variant.read_bytes()
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -180,7 +181,7 @@ def test_headers_that_carry_the_configuration_say_the_same_afterwards(make_vae: 
     assert after.keys() == tensors.keys() and all(torch.equal(after[name], tensors[name]) for name in tensors)
     assert variant.read_bytes() == other  # a file without our header is not touched
     assert (folder / "README.md").read_text() == "a card" and (folder / "link").read_text() == "a"
-    assert (folder / "link").is_symlink()
+    assert (folder / "link").is_symlink() and (folder / "linked").is_symlink()
     assert sorted(os.listdir(folder.parent)) == [folder.name]
     assert load_autoencoder(folder).config.scaling_factor == 0.5
 

@@ -24,7 +24,7 @@ ATTENTIONS = "encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"
 
 
 def make_vae(*widths: int, seed: int = 0, **fields: Any) -> AutoencoderKL:
-    """A small autoencoder with activations of several units, as in trained ones; norms and biases not at their start."""
+    """A small autoencoder with activations of several units, as trained ones have, and with random norms and biases."""
     n = len(widths)
     types = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -186,7 +186,7 @@ def test_damaged_weights_say_why_and_offer_no_conversion(tmp_path: Path, folder:
     assert "loads: no: " in sdvae("inspect", lacking).stdout
 
 
-def test_a_hub_id_is_looked_up_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
+def test_a_hub_id_is_found_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

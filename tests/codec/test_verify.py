@@ -235,7 +235,11 @@ def test_two_files_that_changed_places_are_found(cache: Path) -> None:
         (lambda lines: lines[0]["settings"][0].update(latent_dtype="float32"), "what the manifest says of VAE"),
         (lambda lines: lines[0].update(schema="sdvae.latent-cache/9"), "upgrade sdvae"),
         (lambda lines: lines[1].update(path="../a.png.safetensors"), "outside the cache"),
-        (lambda lines: lines[1].update(settings=[7]), "what the manifest says of VAE"),
+        (lambda lines: lines[1].update(settings=[7]), "damaged manifest: there are no settings 7"),
+        (
+            lambda lines: (lines[1]["items"].append(lines[1]["items"][0]), lines[0].update(num_items=6)),
+            "holds 1 latents; the manifest says 2",
+        ),
     ],
 )  # fmt: skip
 def test_an_edited_manifest_is_found(cache: Path, change: Callable[[Any], Any], reason: str) -> None:

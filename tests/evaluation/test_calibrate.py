@@ -258,6 +258,9 @@ def test_of_equal_images_the_standard_error_is_the_textbook_one() -> None:
     per_image = z.mean(axis=(2, 3))[:, 0]
     assert moments.common_mean().standard_error == pytest.approx(per_image.std(ddof=1) / math.sqrt(7), rel=1e-12)
     assert moments.num_effective == pytest.approx(7.0)
+    moments.update(z, None)  # the same once more: what was computed before the update does not stay
+    per_image = np.tile(per_image, 2)
+    assert moments.common_mean().standard_error == pytest.approx(per_image.std(ddof=1) / math.sqrt(14), rel=1e-12)
 
 
 def test_one_picture_that_outweighs_the_others_makes_the_effective_number_small() -> None:
