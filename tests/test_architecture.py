@@ -26,7 +26,12 @@ LEVELS = [
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 ADDRESSES = {
-    "diffusers": {"model/autoencoder.py", "checkpoints/store.py", "checkpoints/any_autoencoder.py", "checkpoints/optimize.py"},
+    "diffusers": {
+        "model/autoencoder.py",
+        "checkpoints/store.py",
+        "checkpoints/any_autoencoder.py",
+        "checkpoints/optimize.py",
+    },
     "accelerate": {"training/loop.py", "training/state.py", "evaluation/processes.py"},
     "datasets": {"data/hf_datasets.py"},
     "webdataset": {"data/shards.py"},

@@ -42,7 +42,7 @@ def new_folder(target: Path, *, overwrite: bool, is_ours: Callable[[Path], str |
         check_replaceable(target, overwrite=overwrite, is_ours=is_ours)
         fresh.mkdir(parents=True)
         yield fresh
-        _settle(fresh)
+        _settle(fresh, target)
         _swap_in(fresh, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: cannot be saved: {error}. What was there before is unchanged") from error
@@ -70,28 +70,34 @@ def aside(target: Path) -> Path:
     return target.parent / f".{target.name}.replaced"
 
 
-def _settle(folder: Path) -> None:
-    """Bring everything to the disk, and make the files as readable as any new file of this user."""
-    usual = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            continue  # what it points to belongs to someone else
-        if path.is_file():
-            path.chmod(path.stat().st_mode | usual)  # safetensors makes files for the owner alone
-            with path.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        elif path.is_dir():
+def _settle(fresh: Path, target: Path) -> None:
+    """Bring everything to the disk, and make weights as readable as what they replace, or as any new file of this user.
+
+    Links and hard links are left alone: what they lead to is someone else's as well, and on the disk already.
+    """
+    usual = fresh.stat().st_mode & 0o666
+    for path in fresh.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
             _sync_folder(path)
-    _sync_folder(folder)
+        elif path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
+            if path.suffix == ".safetensors":  # whose writer makes files for the owner alone
+                old = target / path.relative_to(fresh)
+                path.chmod(path.stat().st_mode | usual & (old.stat().st_mode if old.is_file() else 0o666))
+            _sync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # one that was copied may be read-only
+    _sync_folder(fresh)
 
 
 def _sync_folder(folder: Path) -> None:
     if os.name != "nt":  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _swap_in(fresh: Path, target: Path) -> None:

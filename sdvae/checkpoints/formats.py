@@ -16,6 +16,7 @@ from typing import Any
 from sdvae.errors import CheckpointError
 
 __all__ = [
+    "CARD_NAME",
     "CONFIG_NAME",
     "FAMILIES",
     "PICKLE_SUFFIXES",
@@ -36,6 +37,7 @@ __all__ = [
     "some",
 ]
 
+CARD_NAME = "README.md"  # the model card, where the hub looks for it
 CONFIG_NAME = "config.json"
 _STEM = "diffusion_pytorch_model"
 WEIGHTS_NAME = f"{_STEM}.safetensors"  # as diffusers saves a model in one file

@@ -387,18 +387,14 @@ def _not_of_sd(facts: WeightFacts, three_levels: bool = False) -> list[str]:
     """
     allowed = [_SD_WIDTHS, _SD_WIDTHS[:3]] if three_levels else [_SD_WIDTHS]
     differences = [
-        (facts.widths not in allowed, f"{_listed(_SD_WIDTHS)} channels", _listed(facts.widths)),
-        (facts.blocks != _SD_BLOCKS, f"{_SD_BLOCKS} blocks a level", str(facts.blocks)),
-        (facts.norm_groups != _SD_GROUPS, f"{_SD_GROUPS} groups in its norms", str(facts.norm_groups)),
-        (not facts.attention_dims, "an attention in the middle", "none"),
-        (facts.image_channels != (3, 3), "3 image channels", _listed(facts.image_channels)),
+        (facts.widths not in allowed, f"channels {_listed(facts.widths)} (not {_listed(_SD_WIDTHS)})"),
+        (facts.blocks != _SD_BLOCKS, f"blocks a level {facts.blocks} (not {_SD_BLOCKS})"),
+        (facts.norm_groups != _SD_GROUPS, f"norm groups {facts.norm_groups} (not {_SD_GROUPS})"),
+        (not facts.attention_dims, "no attention in the middle"),
+        (facts.image_channels != (3, 3), f"image channels {_listed(facts.image_channels)} (not 3, 3)"),
     ]
-    if not (wrong := [(builds, has) for differs, builds, has in differences if differs]):
-        return []
-    return [
-        f"builds {'; '.join(builds for builds, _ in wrong)}, whatever the file holds; "
-        f"this VAE has {'; '.join(has for _, has in wrong)}"
-    ]
+    wrong = [difference for differs, difference in differences if differs]
+    return [f"its network is fixed; this VAE has {'; '.join(wrong)}"] if wrong else []
 
 
 def _quant_convs_lack(facts: WeightFacts) -> list[str]:

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.formats import CONFIG_NAME, Kind
+from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, Kind
 from sdvae.checkpoints.hub import is_hub_id
 from sdvae.errors import CheckpointError, ConfigError
 
-__all__ = ["CARD_NAME", "PushReport", "card_digest", "push"]
-
-CARD_NAME = "README.md"
+__all__ = ["PushReport", "card_digest", "push"]
 
 _CARD_OF = re.compile(r"<!-- Written by sdvae card.*?; vae (sha256:[0-9a-f]{64})")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.fit import build, config_fields, first_not_finite, misfit
 from sdvae.checkpoints.folders import new_folder
-from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
+from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -29,6 +30,7 @@ __all__ = [
     "BUNDLED_NAME",
     "autoencoder_digest",
     "bundled_path",
+    "keep_card",
     "load_autoencoder",
     "save_autoencoder",
     "to_diffusers",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 _CLASS_NAME = "AutoencoderKL"
-_OWN_FILE = re.compile(r"config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
+_OWN_FILE = re.compile(r"README\.md|config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
 
 # Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
 # about fp16. All others count, the scaling ones because they decide what latents mean.
@@ -126,7 +128,7 @@ def save_autoencoder(
     The folder is written beside `path` and swapped in when it is whole: killed at any moment, the save leaves what was
     there before. One process at a time may save to a path.
     dtype: of the stored weights; None keeps each as it is. The VAE in memory does not change.
-    overwrite: replace a VAE folder. A folder that holds anything else is never replaced.
+    overwrite: replace a VAE folder; its model card (README.md) stays. One that holds anything else is never replaced.
     Returns: path.
     Raises: OutputExistsError where something is in the way; CheckpointError for weights that are not finite or do not
         fit their config, and where writing fails.
@@ -134,7 +136,14 @@ def save_autoencoder(
     _check_dtype(dtype)
     with new_folder(Path(path), overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
         _write(vae, folder, dtype)
+        keep_card(Path(path), folder)
     return Path(path)
+
+
+def keep_card(old: Path, fresh: Path) -> None:
+    """Take the model card of a VAE folder along into the one that replaces it: it may hold words of someone's own."""
+    if (card := old.expanduser() / CARD_NAME).is_file():
+        shutil.copy2(card, fresh / CARD_NAME)
 
 
 def to_diffusers(vae: AutoencoderKL) -> diffusers.AutoencoderKL:

@@ -76,7 +76,7 @@ def _write_weights(
         _save(tensors, folder / name, metadata)
         return
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
-    # Sizes alone: weights that lie in one memory map would pass for one storage, which is never split.
+    # Sizes alone: weights that share memory, as those of a pickle may, would all go into one file.
     sizes = {tensor: torch.empty_like(value, device="meta") for tensor, value in tensors.items()}
     split = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
     if not split.is_sharded:
@@ -100,8 +100,9 @@ def write_ldm_file(
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, path, metadata=dict(metadata))
+    # the library refuses tensors that share memory, as those of a pickle may
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(own, path, metadata=dict(metadata))
 
 
 def _write_json(data: Mapping[str, Any], path: Path) -> None:

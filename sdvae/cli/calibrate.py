@@ -11,7 +11,9 @@ from sdvae.cli.output import note, print_json, print_reasons, print_table, progr
 from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sdvae.evaluation.calibrate import Calibration, Estimate, Written
+    from sdvae.evaluation.calibration import Calibration
+    from sdvae.evaluation.latent_moments import Estimate
+    from sdvae.evaluation.write_calibration import Written
 
 __all__ = ["calibrate_command"]
 
@@ -62,7 +64,8 @@ def calibrate_command(
     """
     if (shift or per_channel) and not write:
         raise ConfigError(f"{'--shift' if shift else '--per-channel'} says what to write: give --write as well")
-    from sdvae.evaluation.calibrate import CalibrateOptions, calibrate, check_writable, write_calibration
+    from sdvae.evaluation.calibrate import CalibrateOptions, calibrate
+    from sdvae.evaluation.write_calibration import check_writable, write_calibration
 
     CalibrateOptions(**options)  # before anything is looked up
     config_path = str(check_writable(vae, per_channel=per_channel)) if write else None

@@ -30,8 +30,15 @@ _MODULES = {
     "reconstruct": "sdvae.cli.reconstruct",
     "inspect": "sdvae.cli.inspect",
     "train": "sdvae.cli.train",
+    "calibrate": "sdvae.cli.calibrate",
     "evaluate": "sdvae.cli.evaluate",
     "report": "sdvae.cli.report",
+    "convert": "sdvae.cli.convert",
+    "check": "sdvae.cli.check",
+    "fix-fp16": "sdvae.cli.fix_fp16",
+    "verify": "sdvae.cli.verify",
+    "card": "sdvae.cli.card",
+    "push": "sdvae.cli.push",
 }
 
 
@@ -44,7 +51,7 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in _MODULES:
             return None
-        command: click.Command = getattr(importlib.import_module(_MODULES[name]), f"{name}_command")
+        command: click.Command = getattr(importlib.import_module(_MODULES[name]), f"{name.replace('-', '_')}_command")
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -22,8 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sdvae._version import __version__
 from sdvae.checkpoints.describe import describe_vae
-from sdvae.checkpoints.formats import CONFIG_NAME
-from sdvae.checkpoints.push import CARD_NAME
+from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.evaluation.report import count, number, plain, signed, when

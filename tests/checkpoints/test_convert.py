@@ -196,6 +196,24 @@ def test_a_checkpoint_of_a_whole_model_gives_its_vae(source: Path, tmp_path: Pat
     assert same_bits(load_file(tmp_path / "out" / WEIGHTS), load_file(source / WEIGHTS))
 
 
+@pytest.mark.parametrize("options", [{"to": "ldm"}, {}, {"max_shard_size": "20KB"}])
+def test_weights_that_share_memory_in_a_pickle_are_written_apart(
+    source: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    tensors = load_file(source / WEIGHTS)
+    buffer = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    parts = buffer.split([tensor.numel() for tensor in tensors.values()])
+    shared = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+    one, other = (f"encoder.mid_block.resnets.{index}.norm1.weight" for index in (0, 1))
+    shared[one], tensors[one] = shared[other], tensors[other]  # one tensor under two names
+    torch.save(shared, tmp_path / "a.pt")
+    target = tmp_path / ("b.safetensors" if "to" in options else "b")
+    report = convert(tmp_path / "a.pt", target, config=source, **options)
+    assert report.verification and same_bits(read_checkpoint(target).tensors, tensors)
+    if "max_shard_size" in options:
+        assert len(list(target.glob("*-of-*"))) > 1
+
+
 def test_what_the_files_do_not_say_of_the_scale_can_be_said(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", scaling_factor=0.5, shift_factor=0.1)
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -305,6 +323,16 @@ def test_a_folded_vae_gives_the_latents_of_the_old_one_under_the_new_scale(
     after = load_file(tmp_path / "back" / WEIGHTS)
     for name, tensor in load_file(source / WEIGHTS).items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_fold_of_half_precision_weights_is_rounded_once(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "half", dtype="float16")
+    convert(tmp_path / "half", tmp_path / "folded", dtype="float32", fold_scale=0.18215)
+    (latents, _, _), (new_latents, _, _) = latents_of(tmp_path / "half"), latents_of(tmp_path / "folded")
+    torch.testing.assert_close(new_latents, latents, rtol=1e-5, atol=1e-5)
+    report = convert(tmp_path / "half", tmp_path / "again", fold_scale=0.18215)
+    assert report.dtypes == ("float16",)
+    assert report.fold and report.fold.latents_error < 1e-5  # of the fold itself; the cast comes after
 
 
 def test_without_quant_convs_a_shift_needs_new_ones(tmp_path: Path) -> None:
@@ -462,6 +490,15 @@ def test_a_wrong_configuration_is_found(source: Path, tmp_path: Path, monkeypatc
     )
     with pytest.raises(CheckpointError, match="scaling_factor is 1.0, not 0.31"):
         convert(source, tmp_path / "out")
+
+
+def test_equal_bits_are_more_than_equal_values() -> None:
+    nan = torch.tensor([float("nan"), 1.0])
+    assert same_bits({"a": nan}, {"a": nan.clone()})
+    assert not same_bits({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0])})
+    assert not same_bits({"a": torch.ones(2)}, {"a": torch.ones(2).half()})
+    assert not same_bits({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)})
+    assert not same_bits({"a": torch.ones(2, 1)}, {"a": torch.ones(1, 2)})
 
 
 # What is there already

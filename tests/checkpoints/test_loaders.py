@@ -241,7 +241,7 @@ def test_each_program_takes_what_it_was_seen_to_take(found: WeightFacts, expecte
     [
         (facts(SD, "ldm", behind("vae.")), "ComfyUI", "the VAE is invalid"),
         (facts(SD | {"latent_channels": 64}), "ComfyUI", "64 latent channels are taken for an autoencoder of Hunyuan"),
-        (facts(with_levels(8, 16, 16, 16, norm_num_groups=4)), "ComfyUI", "this VAE has 8, 16, 16, 16"),
+        (facts(with_levels(8, 16, 16, 16, norm_num_groups=4)), "ComfyUI", "this VAE has channels 8, 16, 16, 16 (not"),
         (facts(SD, "ldm", reshaped()), "Forge", "(C, C, 1, 1)"),
         (facts(SD, "diffusers"), "kohya sd-scripts", "KeyError"),
         (facts(SD, "ldm", with_extra("discriminator.x")), "A1111", "`discriminator.x`"),

@@ -224,6 +224,35 @@ def test_files_keep_their_permissions(make_vae: MakeVae) -> None:
     assert stat.S_IMODE((folder / "config.json").stat().st_mode) == 0o664
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+@pytest.mark.parametrize("can_link", [True, False])
+def test_private_files_stay_private_where_the_folder_is_replaced(
+    make_vae: MakeVae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool
+) -> None:
+    folder = make_vae()
+    write_header(folder / WEIGHTS, header_metadata(config_of(folder), {}))
+    other = folder / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({"a": torch.arange(5, dtype=torch.float16)}, other, metadata={"format": "pt"})
+    (folder / "notes.txt").write_text("for my eyes")
+    modes = {"config.json": 0o600, WEIGHTS: 0o640, other.name: 0o600, "notes.txt": 0o400}
+    for name, mode in modes.items():
+        (folder / name).chmod(mode)
+    elsewhere = tmp_path / "another name"
+    os.link(other, elsewhere)
+
+    if not can_link:  # as on a file system without hard links
+
+        def fail(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("sdvae.checkpoints.notes.os.link", fail)
+    update_config(folder, {"scaling_factor": 0.5}, {})
+
+    assert from_metadata(metadata_of(folder / WEIGHTS))[0]["scaling_factor"] == 0.5
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in modes} == modes
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o600
+
+
 def test_a_weights_file_that_lies_about_its_header_is_an_error_and_nothing_changes(make_vae: MakeVae) -> None:
     folder = make_vae()
     before = (folder / "config.json").read_bytes()

@@ -15,7 +15,8 @@ import diffusers
 import pytest
 import torch
 
-from sdvae.checkpoints.push import CARD_NAME, push
+from sdvae.checkpoints.formats import CARD_NAME
+from sdvae.checkpoints.push import push
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -74,7 +75,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         content = self.read()
         self.large[self.path.rpartition("/")[2]] = content
-        self.reply({})
+        self.reply({}, self.answers.get("/lfs", 200))
 
     def do_GET(self) -> None:
         self.requests.append(f"GET {self.path}")
@@ -229,7 +230,7 @@ def test_what_is_no_vae_folder_is_refused_with_the_way_to_one(hub: type[Hub], va
     ("status", "remedy"),
     [(401, "the hub does not know you; .*`hf auth login`"), (403, "your token may not write there")],
 )
-@pytest.mark.parametrize("where", ["/api/repos/create", "/api/models/org/name/commit/main"])
+@pytest.mark.parametrize("where", ["/api/repos/create", "/lfs", "/api/models/org/name/commit/main"])
 def test_a_refusal_of_the_hub_says_what_to_do(hub: type[Hub], vae: Path, status: int, remedy: str, where: str) -> None:
     hub.answers[where] = status
     with pytest.raises(CheckpointError, match=f"'org/name' was not pushed: .*{remedy}"):

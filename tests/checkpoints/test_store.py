@@ -567,6 +567,15 @@ def test_the_saved_config_names_the_stock_class_and_not_where_the_model_came_fro
         assert "_name_or_path" not in config
 
 
+def test_the_model_card_of_a_folder_stays_when_its_vae_is_replaced(tmp_path: Path) -> None:
+    save_autoencoder(make(seed=0), tmp_path / "vae")
+    (tmp_path / "vae/README.md").write_text("words of my own\n")
+    other = make(seed=1)
+    save_autoencoder(other, tmp_path / "vae", overwrite=True)
+    assert (tmp_path / "vae/README.md").read_text() == "words of my own\n"
+    assert autoencoder_digest(load_autoencoder(tmp_path / "vae")) == autoencoder_digest(other)
+
+
 def test_files_have_the_usual_permissions_and_nothing_else_is_left(tmp_path: Path) -> None:
     (tmp_path / "usual").mkdir()
     for _ in range(2):

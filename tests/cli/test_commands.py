@@ -207,7 +207,7 @@ def test_inspect_tells_a_vae_from_a_latent_file_and_a_run(
     images: Path, tmp_path: Path, vae_path: Path, vae: AutoencoderKL
 ) -> None:
     data = json_of(sdvae("inspect", vae_path, "--json"))
-    assert (data["digest"], data["loads"], data["stored_dtypes"]) == (autoencoder_digest(vae), True, ["F32"])
+    assert (data["digest"], data["loads"], list(data["dtypes"])) == (autoencoder_digest(vae), True, ["F32"])
     assert data["num_parameters"] == sum(parameter.numel() for parameter in vae.parameters())
     assert data["config"]["block_out_channels"] == [8, 16, 16, 16]
     assert f"digest: {data['digest']}" in sdvae("inspect", vae_path).stdout

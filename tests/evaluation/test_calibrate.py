@@ -1,4 +1,4 @@
-"""The scale of latents: values against numpy over all latents, standard errors against bootstrap and simulation."""
+"""Calibrations: values against numpy over all latents, what they mean, and what becomes of config.json."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sdvae.checkpoints.notes import NOTES_FIELD
+from sdvae.checkpoints.notes import NOTES_FIELD, update_config
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path, load_autoencoder
 from sdvae.data.images import image_to_x, read_image
 from sdvae.data.sources import find_images, folder_digest
 from sdvae.data.transforms import pad_to_multiple
 from sdvae.errors import CheckpointError, ConfigError, ImageError
-from sdvae.evaluation import calibrate as module
-from sdvae.evaluation import latents
-from sdvae.evaluation.calibrate import Calibration, Estimate, LatentMoments, calibrate, write_calibration
+from sdvae.evaluation.calibrate import calibrate
+from sdvae.evaluation.calibration import Calibration
+from sdvae.evaluation.latent_moments import Estimate
 from sdvae.evaluation.latents import LatentHealth
 from sdvae.evaluation.subject import open_subject
+from sdvae.evaluation.write_calibration import check_writable, write_calibration
 from sdvae.model.autoencoder import AutoencoderKL
 
 Array = NDArray[np.float64]
@@ -102,7 +103,6 @@ def test_the_definitions_are_those_of_an_evaluation(make_vae: MakeVae, images: P
     suggested, found = health.health()["suggested"], calibrate(path, images)
     assert found.scaling_factor.value == pytest.approx(suggested["scaling_factor"], rel=1e-5)
     assert found.shift_factor.value == pytest.approx(suggested["shift_factor"], rel=1e-5)
-    assert (module.SCALE_MATTERS, module.CENTRE_MATTERS) == (latents._SCALE_OFF, latents._OFF_CENTRE)
 
 
 def test_batches_workers_and_the_order_of_images_change_only_rounding(make_vae: MakeVae, images: Path) -> None:
@@ -120,17 +120,6 @@ def _numbers(found: Calibration) -> list[float]:
     estimates = [found.scaling_factor, found.shift_factor, found.present.std, found.present.mean]
     estimates += [each for channel in found.channels for each in (channel.mean, channel.std, channel.relative_std)]
     return [number for each in estimates for number in (each.value, each.standard_error or 0.0)]
-
-
-def test_a_mean_far_from_zero_costs_no_digits() -> None:
-    rng = np.random.default_rng(0)
-    near, far = LatentMoments(2), LatentMoments(2)
-    for _ in range(20):
-        z = rng.normal(size=(1, 2, 4, 4))
-        near.update(z, None)
-        far.update(z + 1e7, None)
-    assert far.scaling_factor().value == pytest.approx(near.scaling_factor().value, rel=1e-7)
-    assert far.scaling_factor().standard_error == pytest.approx(near.scaling_factor().standard_error, rel=1e-5)
 
 
 def test_latents_mean_and_std_that_are_configured_count_as_pipelines_apply_them(
@@ -164,122 +153,6 @@ def test_real_photographs(assets: Path) -> None:
     assert 0.5 < found.present.std.value < 2.0
     assert 0 < (found.scaling_factor.relative_error or 0) < 0.2
     assert found.num_images_needed is not None and found.num_images_needed > 6
-
-
-# ------------------------------------------------------------------------------------------------------ standard errors
-
-
-def synthetic_images(rng: np.random.Generator, count: int, channels: int = 3) -> list[tuple[Array, Array]]:
-    """(mean, var), each (B, C, h, w), of images of several sizes whose positions are alike: one mean and contrast."""
-    made, levels = [], np.arange(1, channels + 1)[:, None, None]
-    for side, n in zip([2, 4, 8], rng.multinomial(count, [1 / 3] * 3), strict=True):
-        contrast = rng.gamma(4.0, 0.25, size=(n, 1, 1, 1)) * levels
-        centre = rng.normal(size=(n, channels, 1, 1)) + levels
-        mean = centre + contrast * rng.normal(size=(n, channels, side, side))
-        made.append((mean, np.broadcast_to(rng.gamma(2.0, 0.2, size=(n, 1, 1, 1)), mean.shape)))
-    return made
-
-
-def moments_of(images: list[tuple[Array, Array]]) -> LatentMoments:
-    moments = LatentMoments(images[0][0].shape[1])
-    for mean, var in images:
-        moments.update(mean, var)
-    return moments
-
-
-# name -> what is estimated, from moments
-K, S = np.array([0.5, 1.0, 2.0]), np.array([0.2, 0.0, -1.0])
-ESTIMATES: dict[str, Callable[[LatentMoments], Estimate]] = {
-    "scaling_factor": lambda m: m.scaling_factor(),
-    "scaling_factor_of_modes": lambda m: m.scaling_factor(of_modes=True),
-    "shift_factor": lambda m: m.common_mean(),
-    "mean": lambda m: m.channel(2).mean,
-    "std": lambda m: m.channel(2).std,
-    "relative_std": lambda m: m.channel(0).relative_std,
-    "present_std": lambda m: m.std(K, S),
-    "present_mean": lambda m: m.common_mean(K, S),
-}
-
-
-def test_standard_errors_agree_with_a_bootstrap_over_images() -> None:
-    rng = np.random.default_rng(5)
-    images = synthetic_images(rng, 200)
-    # Per image: positions, sums of z, of squares of draws and of modes; a resample weights them, which is exact.
-    rows = np.concatenate(
-        [
-            np.column_stack([np.full(len(mean), mean[0, 0].size), *(part.sum((2, 3)) for part in parts)])
-            for mean, var in images
-            for parts in [(mean, mean**2 + var, mean**2)]
-        ]
-    )
-    assert rows.shape == (200, 10)
-    found = moments_of(images)
-    resampled: dict[str, list[float]] = {name: [] for name in ESTIMATES}
-    for _ in range(4000):
-        sums = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows))) @ rows
-        each = LatentMoments(3)
-        each._origin, each._sums, each.num_images = np.zeros(3), sums, 0  # 0: no standard errors are asked for
-        for name, estimate in ESTIMATES.items():
-            resampled[name].append(estimate(each).value)
-    for name, estimate in ESTIMATES.items():
-        error = estimate(found).standard_error
-        assert error == pytest.approx(np.std(resampled[name], ddof=1), rel=0.06), name
-
-
-def test_intervals_of_two_standard_errors_hold_the_truth_as_often_as_they_promise() -> None:
-    rng = np.random.default_rng(6)
-    truth = moments_of(synthetic_images(rng, 60_000))
-    hits = {name: 0 for name in ESTIMATES}
-    runs, per_run = 1000, 200
-    for _ in range(runs):
-        found = moments_of(synthetic_images(rng, per_run))
-        for name, estimate in ESTIMATES.items():
-            each, true = estimate(found), estimate(truth).value
-            assert each.standard_error is not None
-            hits[name] += abs(each.value - true) < 1.96 * each.standard_error
-    # 95 % promised; 1000 runs see it to 0.7 %, and contrast that is skewed takes some off: 2000 images have 94 %
-    shares = {name: count / runs for name, count in hits.items()}
-    assert all(0.905 <= share <= 0.975 for share in shares.values()), shares
-
-
-def test_positions_of_an_image_are_not_counted_as_independent() -> None:
-    rng = np.random.default_rng(7)
-    centres = rng.normal(size=(100, 1, 1, 1))
-    moments = LatentMoments(1)
-    moments.update(np.broadcast_to(centres, (100, 1, 16, 16)).copy(), None)
-    assert moments.common_mean().standard_error == pytest.approx(np.std(centres, ddof=1) / 10, rel=1e-9)
-
-
-def test_of_equal_images_the_standard_error_is_the_textbook_one() -> None:
-    rng = np.random.default_rng(8)
-    z = rng.normal(size=(7, 1, 3, 3))
-    moments = LatentMoments(1)
-    moments.update(z, None)
-    per_image = z.mean(axis=(2, 3))[:, 0]
-    assert moments.common_mean().standard_error == pytest.approx(per_image.std(ddof=1) / math.sqrt(7), rel=1e-12)
-    assert moments.num_effective == pytest.approx(7.0)
-    moments.update(z, None)  # the same once more: what was computed before the update does not stay
-    per_image = np.tile(per_image, 2)
-    assert moments.common_mean().standard_error == pytest.approx(per_image.std(ddof=1) / math.sqrt(14), rel=1e-12)
-
-
-def test_one_picture_that_outweighs_the_others_makes_the_effective_number_small() -> None:
-    rng = np.random.default_rng(9)
-    moments = LatentMoments(1)
-    moments.update(rng.normal(size=(50, 1, 1, 1)), None)
-    moments.update(rng.normal(size=(1, 1, 100, 100)), None)
-    assert moments.num_images == 51 and 1.0 < moments.num_effective < 1.02
-
-
-def test_one_image_has_no_standard_error_and_a_constant_channel_none_for_its_std() -> None:
-    moments = LatentMoments(2)
-    z = np.random.default_rng(0).normal(size=(3, 2, 2, 2))
-    z[:, 1] = 3.0
-    moments.update(z[:1], None)
-    assert moments.scaling_factor().standard_error is None and moments.scaling_factor().value > 0
-    moments.update(z[1:], None)
-    assert moments.channel(1).std == Estimate(value=0.0, standard_error=None)
-    assert moments.channel(1).mean.standard_error == 0.0 and moments.scaling_factor().standard_error is not None
 
 
 # ------------------------------------------------------------------------------------------------------------ judgement
@@ -370,7 +243,15 @@ def test_latents_that_never_vary_are_an_error(make_vae: MakeVae, images: Path) -
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 0}, {"crop": "center"}, {"crop": "left", "size": 8}, {"dtype": "int8"}, {"max_images": 0}]
+    "wrong",
+    [
+        {"size": 0},
+        {"crop": "center"},
+        {"crop": "left", "size": 8},
+        {"dtype": "int8"},
+        {"device": "tpu"},
+        {"max_images": 0},
+    ],
 )
 def test_wrong_options_are_named(wrong: dict[str, Any], make_vae: MakeVae, images: Path) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -464,17 +345,52 @@ def test_a_scale_beside_latents_std_is_not_written_alone(make_vae: MakeVae, imag
     assert write_calibration(path, found, per_channel=True).changed
 
 
+def test_a_calibration_of_another_vae_is_refused(make_vae: MakeVae, images: Path) -> None:
+    def nudge(vae: AutoencoderKL) -> None:
+        vae.decoder.conv_out.bias[0] += 1e-4
+
+    found = calibrate(make_vae(), images)
+    others = [make_vae("nudged", damage=nudge), make_vae("eight", latent_channels=8)]
+    for other in others:
+        before = (other / "config.json").read_bytes()
+        with pytest.raises(ConfigError, match="other weights, or another configuration"):
+            write_calibration(other, found)
+        assert (other / "config.json").read_bytes() == before
+    assert write_calibration(make_vae("moved"), found).changed  # the same VAE by another name
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {"scaling_factor": 0.7, "shift_factor": 0.3},
+        {"scaling_factor": 1, "latents_mean": [0, 1, 2, 3], "latents_std": [1.0, 2.0, 0.5, 4.0]},
+    ],
+)
+def test_a_calibration_is_of_its_vae_under_any_scale(make_vae: MakeVae, images: Path, scale: dict[str, Any]) -> None:
+    path = make_vae(damage=spread_out, **scale)
+    found, everything = calibrate(path, images), {"per_channel": True, "shift": True}
+    assert write_calibration(path, found, **everything).changed
+    assert not write_calibration(path, found, **everything).changed
+    update_config(path, {"scaling_factor": 0.5}, {})
+    assert write_calibration(path, found, **everything).changed
+
+
+def test_a_vae_whose_scale_is_null_takes_a_calibration(make_vae: MakeVae, images: Path) -> None:
+    path = make_vae()
+    update_config(path, {"scaling_factor": None}, {})
+    found = calibrate(path, images)
+    assert found.present.scaling_factor == 1.0 and write_calibration(path, found).before == {"scaling_factor": None}
+
+
 def test_what_must_not_be_written_is_refused(make_vae: MakeVae, images: Path) -> None:
     path = make_vae()
     found = calibrate(path, images)
     before = (path / "config.json").read_bytes()
     for bundled in (None, "sdvae-mini", bundled_path()):
         with pytest.raises(ConfigError, match="sdvae convert sdvae-mini DIR"):
-            module.check_writable(bundled)
+            check_writable(bundled)
     with pytest.raises(ConfigError, match="one image"):
         write_calibration(path, calibrate(path, images / "00.png"))
-    with pytest.raises(ConfigError, match="latent channels"):
-        write_calibration(make_vae("eight", latent_channels=8), found)
 
     def dead(vae: AutoencoderKL) -> None:
         vae.quant_conv.weight[1] = 0

@@ -153,6 +153,8 @@ def test_numbers_of_training_are_those_of_the_step_that_made_the_weights(vae: Pa
 
 
 def test_a_scale_set_after_training_and_a_conversion_keep_the_run(vae: Path, run: Path, make_vae: MakeVae) -> None:
+    update_config(vae, {"scaling_factor": 0.4}, {})
+    assert "Where these numbers come from is not recorded." in build_card(vae, run=run).text
     note = {"num_images": 77, "standard_errors": {"scaling_factor": 0.0021}}
     update_config(vae, {"scaling_factor": 0.5}, {"calibration": note})
     text = build_card(vae, run=run).text
