@@ -1,6 +1,6 @@
 """Do programs that take a VAE take ours? Their own classes, from the package index, load what `sdvae convert` writes.
 
-usage: tools/check_loaders.py [--work DIR]
+usage: python tools/check_loaders.py [--work DIR]
 
 It downloads wheels without their dependencies, imports the autoencoder classes from them, exports VAEs of the real
 width with random weights, loads the exports as those programs do, and compares encode and decode with ours. Needs a
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,14 @@ def main() -> int:
 def put_wheels_on_the_path(folder: Path) -> None:
     for wheel in WHEELS:
         name, version = wheel.split("==")
-        if not list(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
+        pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+        if not list(folder.glob(pattern)):
             subprocess.run(
                 [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, wheel], check=True
             )
-    # wheels of Python code alone can be imported as they are
-    sys.path += [str(path) for path in sorted(folder.glob("*.whl"))]
+        with zipfile.ZipFile(next(folder.glob(pattern))) as archive:
+            archive.extractall(folder / "unpacked")
+    sys.path.append(str(folder / "unpacked"))
     lightning: Any = types.ModuleType("pytorch_lightning")  # only the base class is used
     lightning.LightningModule = nn.Module
     sys.modules["pytorch_lightning"] = lightning

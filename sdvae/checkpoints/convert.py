@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae.checkpoints.convert_options import LDM_SCALING_FACTOR, ConvertOptions
 from sdvae.checkpoints.convert_place import Place
 from sdvae.checkpoints.convert_work import SCALING_FIELDS, Work, dtype_names, ldm_tensors, prepare
-from sdvae.checkpoints.formats import CONFIG_NAME, read_json, read_shapes, some
+from sdvae.checkpoints.formats import FAMILIES, read_shapes, some
 from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdicts
 from sdvae.checkpoints.pipeline_folder import read_pipeline
 from sdvae.checkpoints.read import read_checkpoint
@@ -29,7 +29,6 @@ from sdvae.checkpoints.verify_conversion import (
     check_ldm_shapes,
     check_tensors,
     compare,
-    full_config,
     same_bits,
 )
 from sdvae.checkpoints.write import write_diffusers_folder, write_ldm_file
@@ -225,32 +224,19 @@ def _warnings(work: Work, place: Place) -> tuple[str, ...]:
     if place.options.to == "ldm":
         if place.options.fold_scale is None:
             warnings += _unread_scale(work.fields)
-        warnings += _other_config(work, place.target)
     return tuple(warnings)
 
 
 def _unread_scale(fields: Mapping[str, Any]) -> Iterator[str]:
     """What the readers of an LDM file do not learn."""
     given = {name: fields[name] for name in SCALING_FIELDS if fields[name]}
-    if given == {"scaling_factor": LDM_SCALING_FACTOR}:
-        return
+    channels = fields["latent_channels"]
+    scales = [asdict(family) for family in FAMILIES.values() if family.latent_channels == channels]
+    if given in [{name: scale[name] for name in SCALING_FIELDS if scale.get(name)} for scale in scales]:
+        return  # the scale of a known diffusion model, and so of its interface
     said = ", ".join(f"{name} {value}" for name, value in given.items())
     yield (
         f"an LDM file carries no scale that user interfaces read: they take that of their diffusion model. This VAE "
         f"has {said}: where the model's is another, fold it in: --fold-scale {LDM_SCALING_FACTOR} for Stable Diffusion "
         f"1 and 2"
     )
-
-
-def _other_config(work: Work, target: Path) -> Iterator[str]:
-    """A config.json beside a file is taken for its own."""
-    path = target.with_name(CONFIG_NAME)
-    try:
-        fields = full_config(read_json(path)) if path.is_file() else work.fields
-    except CheckpointError:
-        return
-    if wrong := [name for name, value in work.fields.items() if fields[name] != value]:
-        yield (
-            f"{path} lies beside the file and says something else of {some(wrong, 3)}; sdvae reads it in place of what "
-            f"the file says of itself: move one of the two away"
-        )

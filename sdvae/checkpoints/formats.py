@@ -20,6 +20,7 @@ __all__ = [
     "CONFIG_NAME",
     "FAMILIES",
     "PICKLE_SUFFIXES",
+    "STEM",
     "WEIGHTS_NAME",
     "WEIGHT_SUFFIXES",
     "Family",
@@ -39,15 +40,15 @@ __all__ = [
 
 CARD_NAME = "README.md"  # the model card, where the hub looks for it
 CONFIG_NAME = "config.json"
-_STEM = "diffusion_pytorch_model"
-WEIGHTS_NAME = f"{_STEM}.safetensors"  # as diffusers saves a model in one file
+STEM = "diffusion_pytorch_model"  # of the weights files in a folder of diffusers
+WEIGHTS_NAME = f"{STEM}.safetensors"  # as diffusers saves a model in one file
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
 
 # In the order in which diffusers looks for them.
-_PLAIN = tuple(f"{_STEM}.{end}" for end in ("safetensors.index.json", "safetensors", "bin.index.json", "bin"))
+_PLAIN = tuple(f"{STEM}.{end}" for end in ("safetensors.index.json", "safetensors", "bin.index.json", "bin"))
 _VARIANT = re.compile(
-    rf"{_STEM}\.(?:(?P<one>[^.]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.(?P<many>[^.]+)\.json)"
+    rf"{STEM}\.(?:(?P<one>[^.]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.(?P<many>[^.]+)\.json)"
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -175,7 +176,7 @@ def _identify_folder(path: Path, subfolder: str | None, variant: str | None) -> 
     if files is None:
         where = f"{subfolder}/" if subfolder else "it and in its folder vae/"
         raise CheckpointError(
-            f"{path}: no VAE in this folder: looked in {where} for {_STEM}.safetensors, .bin, their variants and "
+            f"{path}: no VAE in this folder: looked in {where} for {STEM}.safetensors, .bin, their variants and "
             f"indexes; it holds {some(names)}"
         )
     folder = path / files.folder

@@ -230,8 +230,9 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read an autoencoder of any layout: keys of diffusers or LDM, bare or prefixed, alone or in a whole checkpoint.
 
-    ref, subfolder, config, revision, local_files_only: as for `load_autoencoder`. Without a config.json, the fields are
-        those of the safetensors header, or inferred from the tensors, or assumed where that is safe; remarks say so.
+    ref, subfolder, config, revision, local_files_only: as for `load_autoencoder`. A single file that sdvae wrote has
+        the fields in its header. Where there is no config.json either, they are inferred from the tensors, or assumed
+        where that is safe; remarks say so.
     fields: take the place of what the files say, such as {"scaling_factor": 0.3611}.
     variant: which of a folder's weights, such as "fp16"; None is the plain one, or the only one.
     Raises: MissingWeightsError where there is nothing to read; CheckpointError for files that are damaged, unsafe, not
@@ -252,6 +253,8 @@ def read_checkpoint(
     fields = dict(fields or {})
     check_fields(fields, "fields")
     config_path = config_path_for(found, config)
+    if config is None and not found.weights.name.startswith(formats.STEM) and from_metadata(metadata)[0]:
+        config_path = None  # this file says itself what it is; a config.json beside it is another's
     if config_path:
         written = _config_of(config_path)
         known, notes = config_fields(written) | fields, notes_of(written, config_path)

@@ -378,10 +378,12 @@ def test_a_scale_that_ldm_readers_do_not_learn_is_told(source: Path, tmp_path: P
     assert not convert(source, tmp_path / "c").warnings
 
 
-def test_a_config_beside_the_file_that_says_something_else_is_told(source: Path, tmp_path: Path) -> None:
+def test_a_file_that_we_wrote_knows_its_own_scale_whatever_lies_beside_it(source: Path, tmp_path: Path) -> None:
     make(SD | {"scaling_factor": 0.18215}).save_pretrained(tmp_path / "usual")
-    (warning,) = convert(tmp_path / "usual", source / "a.safetensors", to="ldm").warnings
-    assert str(source / "config.json") in warning and "scaling_factor" in warning
+    assert not convert(tmp_path / "usual", source / "a.safetensors", to="ldm").warnings
+    assert load_autoencoder(source / "a.safetensors").config.scaling_factor == 0.18215
+    assert load_autoencoder(source).config.scaling_factor == 0.31
+    assert load_autoencoder(source / "a.safetensors", config=source).config.scaling_factor == 0.31
 
 
 # Proof

@@ -384,7 +384,6 @@ def test_a_vae_whose_scale_is_null_takes_a_calibration(make_vae: MakeVae, images
 
 def test_what_must_not_be_written_is_refused(make_vae: MakeVae, images: Path) -> None:
     path = make_vae()
-    found = calibrate(path, images)
     before = (path / "config.json").read_bytes()
     for bundled in (None, "sdvae-mini", bundled_path()):
         with pytest.raises(ConfigError, match="sdvae convert sdvae-mini DIR"):
