@@ -22,6 +22,7 @@ from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdict
 from sdvae.checkpoints.pipeline_folder import read_pipeline
 from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.rewrite import FoldCheck
+from sdvae.checkpoints.store import keep_card
 from sdvae.checkpoints.verify_conversion import (
     Verification,
     build,
@@ -126,6 +127,8 @@ def _write_and_verify(work: Work, fresh: Path, place: Place) -> tuple[Verificati
     verification = _verify(work, folder, options) if options.verify else None
     if pipeline:
         pipeline.copy_to(fresh)
+    else:
+        keep_card(place.target, fresh)
     return verification, None
 
 

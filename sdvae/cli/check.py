@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdvae.cli.options import json_option
-from sdvae.cli.output import note, print_json, print_table, progress, shown
+from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import DEVICES
+from sdvae.codec.reports import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -119,11 +121,12 @@ def check_command(
     from sdvae.model.device import choose_device
 
     subject = open_subject(vae, choose_device(device), torch.float32)
+    failures: list[FileReason] = []
     with progress("check") as on_progress:
-        found = audit(subject, read_pixels(files, size_px, on_progress), probe_size_px=probe_size_px)
+        found = audit(subject, read_pixels(files, size_px, failures, on_progress), probe_size_px=probe_size_px)
     failed = [found.verdict(DTYPES[gate]).sentence for gate in gates if found.verdict(DTYPES[gate]).level != "safe"]
     loaders = _loaders(vae)
-    exit_code = 1 if failed else 0
+    exit_code = 1 if failed else 3 if failures else 0
     data = {
         "command": "check",
         **found.to_json(),
@@ -131,6 +134,7 @@ def check_command(
         "loaders": loaders,
         "out": None if out is None else str(out),
         "failed_gates": failed,
+        "failures": [asdict(failure) for failure in failures],
         "exit_code": exit_code,
     }
     if out is not None:
@@ -139,6 +143,7 @@ def check_command(
         print_json(data)
     else:
         _print(found, loaders, out)
+        print_reasons("Not read", failures)
     for sentence in failed:
         note(f"FAILED: {sentence}")
     ctx.exit(exit_code)
@@ -153,9 +158,12 @@ def choose_files(images: str | None, limit: int) -> list[ImageFile]:
 
 
 def read_pixels(
-    files: Sequence[ImageFile], size_px: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+    files: Sequence[ImageFile],
+    size_px: int,
+    failures: list[FileReason],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Pixels]:
-    """Central squares of the images, (size_px, size_px, 3), uint8; those that cannot be read are named on stderr.
+    """Central squares of the images, (size_px, size_px, 3), uint8; those that cannot be read go into `failures`.
 
     Raises: ImageError where none can be read.
     """
@@ -167,13 +175,14 @@ def read_pixels(
         try:
             pixels = prepare(index, file, protocol).pixels
         except ImageError as error:
-            note(shown(f"not read: {error}"))
+            reason = str(error).removeprefix(f"{file.path}: ")
+            failures.append(FileReason(key=file.key, source=str(file.path), reason=reason))
             continue
         yield pixels
         count += 1
         on_progress(index + 1, len(files))
     if not count:
-        raise ImageError(f"none of the {len(files)} images can be read")
+        raise ImageError(f"none of the {len(files)} images can be read, {files[0].key}: {failures[0].reason}")
 
 
 def _check_out(out: Path | None, overwrite: bool) -> None:

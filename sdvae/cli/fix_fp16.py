@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from sdvae.cli.check import audit_options, choose_files, read_pixels
 from sdvae.cli.options import json_option
-from sdvae.cli.output import print_json, print_table, progress, shown
+from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
+from sdvae.codec.reports import FileReason
 
 if TYPE_CHECKING:
     from sdvae.evaluation.audit import Audit
@@ -43,7 +45,10 @@ Examples:
 @click.option("--overwrite", is_flag=True, help="Replace a VAE that is in DST.")
 @click.option("--dry-run", is_flag=True, help="Measure, and print what would be done, but write nothing.")
 @json_option
+@click.pass_context
 def fix_fp16_command(
+    ctx: click.Context,
+    /,
     vae: str,
     dst: Path,
     images: str | None,
@@ -64,7 +69,7 @@ def fix_fp16_command(
     measured on IMAGES (by default the bundled photographs) before anything is written. Nothing is trained.
     """
     from sdvae.checkpoints.folders import check_replaceable, new_folder
-    from sdvae.checkpoints.store import why_no_vae_folder
+    from sdvae.checkpoints.store import keep_card, why_no_vae_folder
 
     check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
     files = choose_files(images, limit)
@@ -76,8 +81,9 @@ def fix_fp16_command(
     from sdvae.model.device import choose_device
 
     checkpoint = read_checkpoint(vae)
+    failures: list[FileReason] = []
     with progress("read") as on_progress:
-        pixels = list(read_pixels(files, size_px, on_progress))
+        pixels = list(read_pixels(files, size_px, failures, on_progress))
     fix = fix_fp16(
         checkpoint,
         pixels,
@@ -91,23 +97,25 @@ def fix_fp16_command(
     if writes:
         with new_folder(dst, overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
             write_diffusers_folder(folder, fix.tensors, fix.fields, fix.notes)
+            keep_card(dst, folder)
+    exit_code = 3 if failures else 0
     if as_json:
-        print_json(_to_json(fix, vae, dst, writes, dry_run, checkpoint.remarks))
+        data = {
+            "command": "fix-fp16",
+            "dry_run": dry_run,
+            "vae": vae,
+            "out": str(dst),
+            "written": writes,
+            **fix.to_json(),
+            "remarks": list(checkpoint.remarks),
+            "failures": [asdict(failure) for failure in failures],
+            "exit_code": exit_code,
+        }
+        print_json(data)
     else:
         _print(fix, dst, writes, dry_run, force)
-
-
-def _to_json(fix: Fix, vae: str, dst: Path, written: bool, dry_run: bool, remarks: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "command": "fix-fp16",
-        "dry_run": dry_run,
-        "vae": vae,
-        "out": str(dst),
-        "written": written,
-        **fix.to_json(),
-        "remarks": list(remarks),
-        "exit_code": 0,
-    }
+        print_reasons("Not read", failures)
+    ctx.exit(exit_code)
 
 
 def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool) -> None:

@@ -104,13 +104,18 @@ def test_a_dry_run_of_check_names_images_and_files_and_writes_nothing(vae_path: 
     assert "Nothing was written." in text.stdout and not (tmp_path / "audit").exists()
 
 
-def test_images_that_cannot_be_read_are_named_and_left_out(
+def test_images_that_cannot_be_read_are_named_left_out_and_end_with_3(
     vae_path: Path, tmp_path: Path, make_images: MakeImages
 ) -> None:
     images = make_images(tmp_path / "images", {"good.png": (40, 40)})
     (images / "bad.png").write_bytes(b"no image")
-    result = sdvae("check", vae_path, images, *SMALL, "--json")
-    assert json_of(result)["num_images"] == 1 and "bad.png" in result.stderr
+    for arguments in (("check", vae_path, images), ("fix-fp16", vae_path, tmp_path / "fixed", images)):
+        result = sdvae(*arguments, *SMALL, "--json")
+        data = json_of(result)
+        assert (result.exit_code, data["exit_code"]) == (3, 3)
+        assert [failure["key"] for failure in data["failures"]] == ["bad.png"]
+        assert "bad.png" in sdvae(*arguments, *SMALL).stdout
+    assert json_of(sdvae("check", vae_path, images, *SMALL, "--json"))["num_images"] == 1
     alone = sdvae("check", vae_path, images / "bad.png", *SMALL)
     assert alone.exit_code == 1 and "none of the 1 images can be read" in alone.stderr
 
