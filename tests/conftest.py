@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has one core; threads of torch that fight over cores cost tenfold
+    os.environ["OMP_NUM_THREADS"] = "1"  # read where torch is first imported, here and in processes of the tests
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
