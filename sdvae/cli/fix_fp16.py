@@ -71,7 +71,9 @@ def fix_fp16_command(
     from sdvae.checkpoints.folders import check_replaceable, new_folder
     from sdvae.checkpoints.store import keep_card, why_no_vae_folder
 
-    check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
+    may_be_done = dst.is_dir() and not overwrite and why_no_vae_folder(dst) is None
+    if not may_be_done:
+        check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
     files = choose_files(images, limit)
     import torch
 
@@ -93,7 +95,10 @@ def fix_fp16_command(
         device=choose_device(device),
         probe_size_px=probe_size_px,
     )
-    writes = (fix.needed or force) and not dry_run
+    is_done = may_be_done and _holds(dst, fix)
+    if may_be_done and not is_done:
+        check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
+    writes = (fix.needed or force) and not dry_run and not is_done
     if writes:
         with new_folder(dst, overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
             write_diffusers_folder(folder, fix.tensors, fix.fields, fix.notes)
@@ -106,6 +111,7 @@ def fix_fp16_command(
             "vae": vae,
             "out": str(dst),
             "written": writes,
+            "up_to_date": is_done,
             **fix.to_json(),
             "remarks": list(checkpoint.remarks),
             "failures": [asdict(failure) for failure in failures],
@@ -113,12 +119,22 @@ def fix_fp16_command(
         }
         print_json(data)
     else:
-        _print(fix, dst, writes, dry_run, force)
+        _print(fix, dst, writes, dry_run, force, is_done)
         print_reasons("Not read", failures)
     ctx.exit(exit_code)
 
 
-def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool) -> None:
+def _holds(folder: Path, fix: Fix) -> bool:
+    """Whether the folder is what this repair would write."""
+    from sdvae.checkpoints.read import read_checkpoint
+    from sdvae.checkpoints.verify_conversion import full_config, same_bits
+
+    there = read_checkpoint(folder)
+    is_same = there.notes == fix.notes and full_config(there.fields) == full_config(fix.fields)
+    return is_same and same_bits(there.tensors, fix.tensors)
+
+
+def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_done: bool) -> None:
     if not fix.needed:
         peak = fix.before.tightest(1)[0].peak
         click.echo(f"Nothing to fix: every layer has {fix.headroom_bits:g} bits of headroom or more, peak {peak:.4g}.")
@@ -127,6 +143,8 @@ def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool) -> No
     if written:
         upcast = "; force_upcast is false now" if fix.fields.get("force_upcast") is False else ""
         click.echo(shown(f"Written to {dst}{upcast}."))
+    elif is_done:
+        click.echo(shown(f"{dst} is up to date. Nothing was written."))
     elif dry_run and (fix.needed or force):
         click.echo(shown(f"Would write {dst}. Nothing was written."))
     else:

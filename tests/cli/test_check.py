@@ -166,6 +166,17 @@ def test_fix_fp16_finds_nothing_to_fix_and_copies_only_when_told(vae_path: Path,
     assert all(torch.equal(tensor, copy.state_dict()[name]) for name, tensor in vae.state_dict().items())
 
 
+def test_fix_fp16_run_again_is_up_to_date_and_with_another_headroom_refused(overflowing: Path, tmp_path: Path) -> None:
+    target = tmp_path / "fixed"
+    assert json_of(sdvae("fix-fp16", overflowing, target, *SMALL, "--json"))["written"]
+    written = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    again = sdvae("fix-fp16", overflowing, target, *SMALL)
+    assert again.exit_code == 0 and again.stdout.endswith(f"{target} is up to date. Nothing was written.\n")
+    other = sdvae("fix-fp16", overflowing, target, *SMALL, "--headroom", "4")
+    assert other.exit_code == 2 and "exists" in other.stderr
+    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == written
+
+
 def test_fix_fp16_replaces_nothing_without_being_told(overflowing: Path, tmp_path: Path) -> None:
     target = tmp_path / "fixed"
     target.mkdir()
