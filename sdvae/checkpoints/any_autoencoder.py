@@ -32,7 +32,7 @@ def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
         does not describe it, and for damaged, misfitting, non-finite or unsafe weights; MissingWeightsError where there
         is nothing to load.
     """
-    found = read.locate(ref)
+    found = read.locate(ref)  # a file that says itself that it is an AutoencoderKL has no config here
     config = formats.read_json(found.config) if found.config else {}
     name = config.get("_class_name", AutoencoderKL.__name__)
     if found.config is None or name == AutoencoderKL.__name__:

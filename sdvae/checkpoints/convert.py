@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sdvae.checkpoints.convert_options import LDM_SCALING_FACTOR, ConvertOptions
 from sdvae.checkpoints.convert_place import Place
-from sdvae.checkpoints.convert_work import SCALING_FIELDS, Work, dtype_names, ldm_tensors, prepare
-from sdvae.checkpoints.formats import FAMILIES, read_shapes, some
+from sdvae.checkpoints.convert_work import Work, dtype_names, ldm_tensors, prepare
+from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, read_shapes, some
 from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdicts
 from sdvae.checkpoints.pipeline_folder import read_pipeline
 from sdvae.checkpoints.read import read_checkpoint
@@ -79,8 +79,9 @@ def convert(src: str | Path | None, dst: str | Path, **options: Any) -> ConvertR
         .safetensors file. options: the fields of `ConvertOptions`.
     Returns: a report. Run again with the same arguments, it finds the result up to date and writes nothing.
     Raises: OutputExistsError where something else is at dst; CheckpointError for a source that cannot be read, values
-        that the new type cannot hold, a fold that would not be exact, and a result that differs from its source by
-        more than `verify_conversion.TOLERANCES`; ConfigError for options that do not go together.
+        that the new type cannot hold, a fold of a scale that is only assumed or that would not be exact, and a result
+        that differs from its source by more than `verify_conversion.TOLERANCES`; ConfigError for options that do not
+        go together.
     """
     chosen = ConvertOptions(**options)
     target = Path(dst).expanduser()
@@ -224,18 +225,21 @@ def _loaders(work: Work, place: Place) -> tuple[LoaderVerdict, ...]:
 
 def _warnings(work: Work, place: Place) -> tuple[str, ...]:
     warnings = list(place.pipeline.check_fits(work.fields)) if place.pipeline else []
-    if place.options.to == "ldm":
-        if place.options.fold_scale is None:
-            warnings += _unread_scale(work.fields)
+    if work.source.assumed:
+        said = ", ".join(f"{name} {work.fields[name]}" for name in work.source.assumed)
+        options = " ".join(f"--{name.replace('_', '-')} ..." for name in work.source.assumed)
+        warnings.append(f"{said} is assumed, and the result records that; say what it is: {options}")
+    if place.options.to == "ldm" and place.options.fold_scale is None:
+        warnings += _unread_scale(work.fields)
     return tuple(warnings)
 
 
 def _unread_scale(fields: Mapping[str, Any]) -> Iterator[str]:
     """What the readers of an LDM file do not learn."""
-    given = {name: fields[name] for name in SCALING_FIELDS if fields[name]}
+    given = {name: fields[name] for name in SCALE_FIELDS if fields[name]}
     channels = fields["latent_channels"]
     scales = [asdict(family) for family in FAMILIES.values() if family.latent_channels == channels]
-    if given in [{name: scale[name] for name in SCALING_FIELDS if scale.get(name)} for scale in scales]:
+    if given in [{name: scale[name] for name in SCALE_FIELDS if scale.get(name)} for scale in scales]:
         return  # the scale of a known diffusion model, and so of its interface
     said = ", ".join(f"{name} {value}" for name, value in given.items())
     yield (

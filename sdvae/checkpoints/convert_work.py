@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sdvae.checkpoints.convert_options import ConvertOptions
 from sdvae.checkpoints.fit import first_not_finite
+from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS
 from sdvae.checkpoints.hub import is_hub_id
 from sdvae.checkpoints.keys import to_ldm
+from sdvae.checkpoints.notes import ASSUMED_NOTE
 from sdvae.checkpoints.pipeline_folder import Pipeline
 from sdvae.checkpoints.read import BUNDLED_NAME, Checkpoint, read_checkpoint
 from sdvae.checkpoints.rewrite import FoldCheck, check_fold, fold_scale
@@ -23,9 +25,7 @@ from sdvae.checkpoints.verify_conversion import build, full_config
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL
 
-__all__ = ["SCALING_FIELDS", "Work", "dtype_names", "ldm_tensors", "prepare"]
-
-SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+__all__ = ["Work", "dtype_names", "ldm_tensors", "prepare"]
 
 _PHOTOS = Path(__file__).parents[1] / "assets" / "photos"
 _MAX_PHOTOS = 16
@@ -53,12 +53,15 @@ class Work:
 def prepare(src: str | Path | None, chosen: ConvertOptions, pipeline: Pipeline | None) -> Work:
     """Read a source, fold and cast it as asked, and note what was done.
 
-    pipeline: the one that the result goes into. Raises: CheckpointError for a source that cannot be read, a fold that
-    would not be exact, and values that the new type cannot hold; ConfigError for fields that have no meaning together.
+    pipeline: the one that the result goes into. Raises: CheckpointError for a source that cannot be read, a fold of a
+    scale that is only assumed or that would not be exact, and values that the new type cannot hold; ConfigError for
+    fields that have no meaning together.
     """
     source = read_checkpoint(
         src, config=chosen.config, variant=chosen.source_variant, fields=chosen.source_fields() or None
     )
+    if chosen.fold_scale is not None:
+        _check_scale_known(source)
     fields = full_config(source.fields)
     vae = build(source.tensors, fields)
     digest = autoencoder_digest(vae)
@@ -79,6 +82,20 @@ def prepare(src: str | Path | None, chosen: ConvertOptions, pipeline: Pipeline |
         fields=fields,
         notes=_notes(source, name, digest, chosen, pipeline),
         fold=fold,
+    )
+
+
+def _check_scale_known(source: Checkpoint) -> None:
+    """Raise CheckpointError where a fold would make a guess of ours a part of the weights."""
+    if "scaling_factor" not in source.assumed:
+        return
+    channels = source.fields["latent_channels"]
+    scales = {n: f.scaling_factor for n, f in FAMILIES.items() if f.latent_channels == channels}
+    raise CheckpointError(
+        f"{source.found.weights}: the scale cannot be folded, for nothing in the files shows what it is now: "
+        + ", ".join(f"{name} has scaling_factor {scale}" for name, scale in scales.items())
+        + ". Say which is meant: "
+        + " or ".join(f"--scaling-factor {scale}" for scale in scales.values())
     )
 
 
@@ -142,10 +159,11 @@ def _cast(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor], dtype: st
 def _notes(
     source: Checkpoint, name: str, digest: str, chosen: ConvertOptions, pipeline: Pipeline | None
 ) -> dict[str, Any]:
-    notes = {key: value for key, value in source.notes.items() if key not in ("conversion", "source", "source_digest")}
+    anew = ("conversion", "source", "source_digest", ASSUMED_NOTE)
+    notes = {key: value for key, value in source.notes.items() if key not in anew}
     rewrites = list(notes.pop("rewrites", []))
     if chosen.fold_scale is not None:
-        before = {field: source.fields.get(field) for field in SCALING_FIELDS if source.fields.get(field) is not None}
+        before = {field: source.fields.get(field) for field in SCALE_FIELDS if source.fields.get(field) is not None}
         was = ", ".join(f"{field} {value}" for field, value in before.items())
         shift = f", shift_factor {chosen.fold_shift}" if chosen.fold_shift else ""
         rewrites.append(f"folded {was} into scaling_factor {chosen.fold_scale}{shift}")
@@ -154,6 +172,7 @@ def _notes(
     conversion = chosen.to_notes() | ({"pipeline": pipeline.fingerprint()} if pipeline else {})
     notes |= {"source": name, "source_digest": digest, "conversion": conversion}
     notes |= {"rewrites": rewrites} if rewrites else {}
+    notes |= {ASSUMED_NOTE: list(source.assumed)} if source.assumed else {}
     return notes | ({"license": chosen.license} if chosen.license else {})
 
 
@@ -175,4 +194,5 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_names(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The types that occur, such as ("bfloat16", "float32"), in alphabetical order."""
     return tuple(sorted({_dtype_name(tensor.dtype) for tensor in tensors.values()}))

@@ -13,17 +13,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.formats import Found, Kind
+from sdvae.checkpoints.formats import SCALE_FIELDS, Found, Kind
 from sdvae.checkpoints.loaders import WeightFacts, loader_verdicts
 from sdvae.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from sdvae.checkpoints.read import Checkpoint
 
 __all__ = ["describe_vae"]
 
 _CLASS_NAME = "AutoencoderKL"
-_SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def describe_vae(ref: str | Path) -> dict[str, Any]:
@@ -93,7 +95,6 @@ def _load(ref: str | Path, found: Found, metadata: Mapping[str, str]) -> dict[st
 
 def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     from sdvae.checkpoints.fit import build, config_fields
-    from sdvae.checkpoints.notes import from_metadata
     from sdvae.checkpoints.read import read_checkpoint
     from sdvae.checkpoints.store import autoencoder_digest
 
@@ -101,10 +102,6 @@ def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     vae = build(checkpoint.fields, ref)
     vae.load_state_dict(checkpoint.tensors, strict=True, assign=True)  # mapped files: read tensor by tensor below
     config = _plain(config_fields(vae.config))
-    said = checkpoint.fields if checkpoint.found.config else from_metadata(metadata)[0]
-    origin = "config.json" if checkpoint.found.config else "the file's header"
-    if "scaling_factor" not in said:
-        origin = "the default, which config.json does not change" if checkpoint.found.config else "assumed, see remarks"
     return {
         "kind": str(checkpoint.found.kind),
         "evidence": checkpoint.found.evidence,
@@ -113,10 +110,21 @@ def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         "digest": autoencoder_digest(vae),
         "spatial_compression_ratio": vae.spatial_compression_ratio,
         "config": config,
-        "scale": {field: config[field] for field in _SCALE_FIELDS} | {"from": origin},
+        "scale": {field: config[field] for field in SCALE_FIELDS} | {"from": _scale_origin(checkpoint, metadata)},
         "notes": checkpoint.notes,
         "remarks": list(checkpoint.remarks),
     }
+
+
+def _scale_origin(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> str:
+    from sdvae.checkpoints.notes import from_metadata
+
+    if "scaling_factor" in checkpoint.assumed:
+        return "assumed, see remarks"
+    if config := checkpoint.found.config:
+        is_said = "scaling_factor" in formats.read_json(config)
+        return "config.json" if is_said else "the default, which config.json does not change"
+    return "the file's header" if "scaling_factor" in from_metadata(metadata)[0] else "the file's other tensors"
 
 
 def _load_other(ref: str | Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ __all__ = [
     "CONFIG_NAME",
     "FAMILIES",
     "PICKLE_SUFFIXES",
+    "SCALE_FIELDS",
     "STEM",
     "WEIGHTS_NAME",
     "WEIGHT_SUFFIXES",
@@ -43,6 +44,7 @@ CONFIG_NAME = "config.json"
 STEM = "diffusion_pytorch_model"  # of the weights files in a folder of diffusers
 WEIGHTS_NAME = f"{STEM}.safetensors"  # as diffusers saves a model in one file
 PICKLE_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # of config.json: z -> latents
 WEIGHT_SUFFIXES = PICKLE_SUFFIXES | {".safetensors"}
 
 # In the order in which diffusers looks for them.

@@ -38,7 +38,7 @@ def is_hub_id(ref: str | Path) -> bool:
 
 def hub_folder(repo: str, subfolder: str | None, revision: str | None, local_files_only: bool) -> Path:
     """Folder in the hub client's cache that holds the VAE of a repository; only its own files are fetched."""
-    hub = "not asked: local_files_only is set"
+    hub = "not asked: only what is on this machine was wanted (local_files_only)"
     if not local_files_only:
         try:
             return _download(repo, subfolder, revision)

@@ -21,8 +21,10 @@ from sdvae.errors import CheckpointError, ConfigError
 from sdvae.files import write_atomic
 
 __all__ = [
+    "ASSUMED_NOTE",
     "HEADER_KEY",
     "NOTES_FIELD",
+    "carries_config",
     "config_to_update",
     "from_metadata",
     "header_metadata",
@@ -32,6 +34,7 @@ __all__ = [
 
 NOTES_FIELD = "_sdvae"
 HEADER_KEY = "sdvae"
+ASSUMED_NOTE = "assumed"  # names of fields whose values nothing showed; see `read.Checkpoint`
 _CONFIG = "config"  # beside the notes in a header, so no note has this name
 _SUFFIX = ".safetensors"
 _HUB_CACHE = re.compile(r"(models|datasets|spaces)--.+")
@@ -44,6 +47,7 @@ _TYPES: Mapping[str, tuple[type, type | None]] = {  # of the value, and of its i
     "calibration": (dict, None),
     "previous": (list, dict),
     "rewrites": (list, str),
+    ASSUMED_NOTE: (list, str),
 }
 
 
@@ -86,6 +90,14 @@ def from_metadata(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], d
     fields = data.pop(_CONFIG)
     _check_notes(data, where)
     return fields, data
+
+
+def carries_config(path: Path) -> bool:
+    """Whether a safetensors file has a header that sdvae wrote, whole or damaged.
+
+    Raises: CheckpointError for a file that is none of safetensors.
+    """
+    return _is_ours(_read_header(path).get("__metadata__") or {})
 
 
 def _is_ours(metadata: Mapping[str, Any]) -> bool:
@@ -139,14 +151,17 @@ def config_to_update(ref: str | Path) -> Path:
 def update_config(folder: str | Path, fields: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
     """Set fields and notes of a VAE folder, or of the VAE in a pipeline folder; all others stay as they are.
 
-    Weights files whose header carries the configuration say the same afterwards: their tensors are copied bit by bit
-    under a new header. Then there is more than one file to replace, so the folder is, in one step (`new_folder`), and
-    no moment shows a header that contradicts config.json. Otherwise config.json alone is replaced, in one step too.
+    Fields that are set here are no longer noted as `assumed`. Weights files whose header carries the configuration say
+    the same afterwards: their tensors are copied bit by bit under a new header. Then there is more than one file to
+    replace, so the folder is, in one step (`new_folder`), and no moment shows a header that contradicts config.json.
+    Otherwise config.json alone is replaced, in one step too.
     Raises: ConfigError as `config_to_update`; CheckpointError for damaged files, and where writing fails.
     """
     config_path = config_to_update(folder)
     config = read_json(config_path)
     merged_notes = notes_of(config, config_path) | dict(notes)
+    assumed = [name for name in merged_notes.pop(ASSUMED_NOTE, ()) if name not in fields]
+    merged_notes |= {ASSUMED_NOTE: assumed} if assumed else {}
     config |= {**fields, NOTES_FIELD: merged_notes}
     metadata = header_metadata(config, merged_notes)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"

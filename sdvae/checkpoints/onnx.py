@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -287,10 +288,16 @@ def _trace(graph: nn.Module, example: Tensor, axes: _Axes, opset: int) -> onnx_i
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch 2.13 copies its own trees of arguments through a class that it deprecates
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        yield
+    exporter = logging.getLogger("torch.onnx._internal.exporter._registration")  # tells of every missing torchvision
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # torch 2.13 copies its own trees of arguments through a class that it deprecates
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        exporter.setLevel(level)
 
 
 def _forget_origin(model: onnx_ir.Model) -> None:

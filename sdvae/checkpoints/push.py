@@ -6,6 +6,7 @@ saves the model anew, in the dtype in memory and with a card of its own; here th
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, Kind
 from sdvae.checkpoints.hub import is_hub_id
 from sdvae.errors import CheckpointError, ConfigError
 
-__all__ = ["PushReport", "card_digest", "push"]
+__all__ = ["REPO_PLACEHOLDER", "PushReport", "card_digest", "push"]
+
+REPO_PLACEHOLDER = "REPO_ID"  # in a card that does not know its repository yet
 
 _CARD_OF = re.compile(r"<!-- Written by sdvae card.*?; vae (sha256:[0-9a-f]{64})")
 
@@ -70,8 +74,9 @@ def push(
     repo: "name" or "org/name". private: of a repository that is made now.
     create_pr: open a pull request instead of committing to the main branch.
     dry_run: check everything on this machine, and do not talk to the hub.
-    Raises: ConfigError for a folder or name that cannot be pushed, a missing card, or a card of another VAE;
-        CheckpointError for a VAE that does not load, and where the hub refuses or cannot be reached, with the remedy.
+    Raises: ConfigError for a folder or name that cannot be pushed, a missing card, or a card of another VAE, and where
+        the installed diffusers uploads in another way; CheckpointError for a VAE that does not load, and where the hub
+        refuses or cannot be reached, with the remedy.
     """
     from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 
@@ -80,7 +85,8 @@ def push(
     names = _files_to_push(path)
     vae = load_autoencoder(path)
     digest = autoencoder_digest(vae)
-    _check_card(path, digest)
+    _check_card(path, digest, repo)
+    _check_diffusers(vae)
     report = PushReport(
         folder=str(folder),
         repo=repo,
@@ -121,13 +127,30 @@ def _files_to_push(path: Path) -> list[str]:
     return [CONFIG_NAME, *weights, CARD_NAME]
 
 
-def _check_card(path: Path, digest: str) -> None:
-    described = card_digest((path / CARD_NAME).read_text(encoding="utf-8"))
+def _check_card(path: Path, digest: str, repo: str) -> None:
+    text = (path / CARD_NAME).read_text(encoding="utf-8")
+    described = card_digest(text)
     if described not in (None, digest):
         raise ConfigError(
             f"{path / CARD_NAME} describes another VAE or an earlier state of this one: {described}, and the VAE is "
             f"{digest}; write it again: sdvae card {path}"
         )
+    if described and REPO_PLACEHOLDER in text:
+        raise ConfigError(
+            f"{path / CARD_NAME} says {REPO_PLACEHOLDER} where the name of the repository belongs; write it again: "
+            f"sdvae card {path} --repo {repo}"
+        )
+
+
+def _check_diffusers(vae: Any) -> None:
+    """Raises: ConfigError where diffusers has no `_upload_folder`, whose name is private, that takes what is passed."""
+    try:
+        inspect.signature(vae._upload_folder).bind(Path(), "org/name", commit_message="", create_pr=False)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"diffusers {version('diffusers')} uploads in another way than sdvae knows: {error}. Install diffusers "
+            "0.36 to 0.42, or upload the files yourself: `hf upload REPO DIR`"
+        ) from error
 
 
 @contextmanager
@@ -151,6 +174,8 @@ def _upload(vae: Any, folder: Path, repo: str, private: bool, message: str, crea
             # None leaves it to what the owner has set up
             repo = create_repo(repo, private=private or None, exist_ok=True).repo_id
             commit = vae._upload_folder(folder, repo, commit_message=message, create_pr=create_pr)
+    except (AttributeError, TypeError):  # a defect here or in a library: no refusal, and the same the next time
+        raise
     # The client's own errors, those of httpx, and those of requests in older versions share no base.
     except Exception as error:
         raise CheckpointError(_explain(error, repo)) from error

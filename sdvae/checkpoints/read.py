@@ -20,7 +20,7 @@ from sdvae.checkpoints.folders import aside
 from sdvae.checkpoints.formats import CONFIG_NAME, FAMILIES, Found, Kind, Layout
 from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.keys import current_attention_names, from_ldm, infer_fields, linear_attention, tidy
-from sdvae.checkpoints.notes import from_metadata, notes_of
+from sdvae.checkpoints.notes import ASSUMED_NOTE, carries_config, from_metadata, notes_of
 from sdvae.checkpoints.tensor_files import Readers, open_tensors
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError
 
@@ -39,6 +39,8 @@ BUNDLED_NAME = "sdvae-mini"
 _CLASS_NAME = "AutoencoderKL"
 _GROUPS = 32  # of every published autoencoder of this family; no tensor shows it
 _SAMPLE_SIZE_PX = 512  # the tile of blended tiling; it does not change the function
+_SD, _SDXL = FAMILIES["Stable Diffusion 1 or 2"], FAMILIES["SDXL"]
+_ASSUMED = {"scaling_factor": _SD.scaling_factor}  # of a VAE of 4 channels whose files do not say
 _STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}
 _PLAYGROUND = (
     0.5  # scaling_factor of Playground v2.5, whose files hold edm_mean and edm_std; diffusers, single_file_utils
@@ -56,6 +58,7 @@ class Checkpoint:
     fields: dict[str, Any]  # of AutoencoderKL.__init__
     notes: dict[str, Any]  # what sdvae wrote beside them; see `notes`
     remarks: tuple[str, ...]  # sentences about what was inferred, assumed or dropped
+    assumed: tuple[str, ...]  # the fields that change the latents and that nothing shows; a rewrite must not trust them
 
 
 # Where the files lie
@@ -74,7 +77,11 @@ def locate(
     local_files_only: bool = False,
     variant: str | None = None,
 ) -> Found:
-    """Find the files that a reference for `load_autoencoder` means, of whatever class the autoencoder is."""
+    """Find the files that a reference for `load_autoencoder` means, of whatever class the autoencoder is.
+
+    A single file that sdvae wrote says itself what it is: a config.json beside it is another's, so none is found. The
+    name that diffusers gives the weights of a folder makes it a part of that folder, whose config.json counts.
+    """
     if ref is None:
         return _locate_bundled()
     path = Path(ref).expanduser()
@@ -82,7 +89,8 @@ def locate(
         unfit = {"revision": revision, **({"subfolder": subfolder, "variant": variant} if path.is_file() else {})}
         if option := next((name for name, value in unfit.items() if value), None):
             raise ConfigError(f"{option} does not apply: '{ref}' is a local {'file' if path.is_file() else 'folder'}")
-        return formats.identify(path if path.exists() else aside(path), subfolder, variant)
+        found = formats.identify(path if path.exists() else aside(path), subfolder, variant)
+        return replace(found, config=None) if path.is_file() and _speaks_for_itself(path) else found
     if ref == BUNDLED_NAME:
         return _locate_bundled()
     if is_hub_id(ref):
@@ -98,6 +106,10 @@ def locate(
     )
 
 
+def _speaks_for_itself(file: Path) -> bool:
+    return file.suffix == ".safetensors" and not file.name.startswith(formats.STEM) and carries_config(file)
+
+
 def _locate_bundled() -> Found:
     path = bundled_path()
     if not (path / CONFIG_NAME).is_file():
@@ -109,7 +121,7 @@ def _locate_bundled() -> Found:
 
 
 def config_path_for(found: Found, config: str | Path | None = None) -> Path | None:
-    """The config.json of an autoencoder: the one given, else the one beside its weights, if there is one."""
+    """The config.json of an autoencoder: the one given, else the one that `locate` found, if there is one."""
     if config is None:
         return found.config
     path = Path(config).expanduser()
@@ -156,11 +168,12 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 def _inferred(
     tensors: Mapping[str, Tensor], known: Mapping[str, Any], statistics: Mapping[str, Tensor], layout: Layout
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """All fields, of which `known` are taken as they are, and remarks about the others."""
+) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+    """All fields, of which `known` are taken as they are; names of those that are assumed; remarks about the others."""
     shown = infer_fields({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     fields = shown | dict(known)
-    remarks = []
+    remarks: list[str] = []
+    assumed: tuple[str, ...] = ()
     if inferred := [field for field in shown if field not in known]:
         remarks.append(f"no {CONFIG_NAME}: {', '.join(inferred)} inferred from the tensors")
     if "norm_num_groups" not in known:
@@ -176,31 +189,44 @@ def _inferred(
         fields["sample_size"] = _SAMPLE_SIZE_PX
         remarks.append(f"sample_size set to {_SAMPLE_SIZE_PX} px; it is the tile of blended tiling only")
     if "scaling_factor" not in known:
-        scale, remark = _scale(fields, statistics, layout)
+        scale, assumed, remark = _scale(fields, statistics, layout)
         fields = scale | fields
         remarks.append(remark)
-    return fields, tuple(remarks)
+    return fields, assumed, tuple(remarks)
 
 
-def _scale(fields: Mapping[str, Any], statistics: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Any], str]:
-    """The scaling fields of a VAE whose files do not name them, and a sentence on where they are from."""
+def _scale(
+    fields: Mapping[str, Any], statistics: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, Any], tuple[str, ...], str]:
+    """The scaling fields of a VAE whose files do not name them; which are assumed; a sentence on their origin."""
     channels = fields["latent_channels"]
     if statistics:
         means = {_STATISTICS[name]: tensor.float().flatten().tolist() for name, tensor in statistics.items()}
-        return means | {"scaling_factor": _PLAYGROUND}, (
-            f"latents_mean and latents_std from {' and '.join(_STATISTICS)}; scaling_factor {_PLAYGROUND}, that of "
-            f"Playground v2.5, which has such tensors"
+        return (
+            means | {"scaling_factor": _PLAYGROUND},
+            (),
+            (
+                f"latents_mean and latents_std from {' and '.join(_STATISTICS)}; scaling_factor {_PLAYGROUND}, that of "
+                f"Playground v2.5, which has such tensors"
+            ),
         )
     family = FAMILIES.get(layout.family or "")
     if family and family.latent_channels == channels:
         scale = {"scaling_factor": family.scaling_factor, "shift_factor": family.shift_factor}
         shift = f", shift_factor {family.shift_factor}" if family.shift_factor else ""
-        return scale, f"scaling_factor {family.scaling_factor}{shift}: this is a whole checkpoint of {layout.family}"
+        return (
+            scale,
+            (),
+            f"scaling_factor {family.scaling_factor}{shift}: this is a whole checkpoint of {layout.family}",
+        )
     if channels == 4:
-        first, other = FAMILIES["Stable Diffusion 1 or 2"], FAMILIES["SDXL"]
-        return {"scaling_factor": first.scaling_factor}, (
-            f"scaling_factor assumed to be {first.scaling_factor}, that of Stable Diffusion 1 and 2; SDXL's is "
-            f"{other.scaling_factor}, and the file does not say which is meant"
+        return (
+            dict(_ASSUMED),
+            tuple(_ASSUMED),
+            (
+                f"scaling_factor assumed to be {_SD.scaling_factor}, that of Stable Diffusion 1 and 2; SDXL's is "
+                f"{_SDXL.scaling_factor}, and the file does not say which is meant"
+            ),
         )
     readings = "; ".join(
         f"{name} has scaling_factor {f.scaling_factor}, shift_factor {f.shift_factor}"
@@ -212,6 +238,22 @@ def _scale(fields: Mapping[str, Any], statistics: Mapping[str, Tensor], layout: 
         + (f"{readings}. " if readings else f"no known diffusion model has latents of {channels} channels. ")
         + f"Put the VAE's {CONFIG_NAME} beside the file, pass config= with its path, or say it: "
         f'fields={{"scaling_factor": ..., "shift_factor": ...}} (convert has --scaling-factor and --shift-factor)'
+    )
+
+
+def _still_assumed(
+    notes: Mapping[str, Any], known: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields that an earlier conversion assumed and that nobody has said since, and remarks about them."""
+    names = tuple(
+        name
+        for name, value in _ASSUMED.items()
+        if name in notes.get(ASSUMED_NOTE, ()) and name not in given and known.get(name) == value
+    )
+    return names, tuple(
+        f"{name} {known[name]}, that of Stable Diffusion 1 and 2, was assumed when these files were written; SDXL's is "
+        f"{_SDXL.scaling_factor}, and nothing says which is meant"
+        for name in names
     )
 
 
@@ -233,7 +275,7 @@ def read_checkpoint(
     ref, subfolder, config, revision, local_files_only: as for `load_autoencoder`. A single file that sdvae wrote has
         the fields in its header. Where there is no config.json either, they are inferred from the tensors, or assumed
         where that is safe; remarks say so.
-    fields: take the place of what the files say, such as {"scaling_factor": 0.3611}.
+    fields: take the place of what the files say, such as {"scaling_factor": 0.3611}; they are never `assumed`.
     variant: which of a folder's weights, such as "fp16"; None is the plain one, or the only one.
     Raises: MissingWeightsError where there is nothing to read; CheckpointError for files that are damaged, unsafe, not
         finite, no AutoencoderKL, or that leave two readings open; ConfigError for arguments that do not go together.
@@ -252,23 +294,23 @@ def read_checkpoint(
 
     fields = dict(fields or {})
     check_fields(fields, "fields")
-    config_path = config_path_for(found, config)
-    if config is None and not found.weights.name.startswith(formats.STEM) and from_metadata(metadata)[0]:
-        config_path = None  # this file says itself what it is; a config.json beside it is another's
-    if config_path:
+    if config_path := config_path_for(found, config):
         written = _config_of(config_path)
         known, notes = config_fields(written) | fields, notes_of(written, config_path)
+        assumed, more = _still_assumed(notes, known, fields)
     else:
         try:
-            known, notes = from_metadata(metadata)
-            check_fields(known, "its header")
+            said, notes = from_metadata(metadata)
+            check_fields(said, "its header")
             statistics = {name: readers[name]() for name in _STATISTICS if name in readers}
-            known, more = _inferred(tensors, known | fields, statistics, layout)
+            known, assumed, more = _inferred(tensors, said | fields, statistics, layout)
         except CheckpointError as error:
             raise CheckpointError(f"{found.weights}: {error}") from error
-        remarks += more
+        still, told = _still_assumed(notes, said | fields, fields)
+        assumed, more = assumed + still, more + told
+    remarks += more
     if problems := misfit(tensors, known, build(known, config_path or found.weights)):
         raise CheckpointError(f"{found.weights}: the weights do not fit {config_path or 'each other'}: {problems}")
     if name := first_not_finite(tensors):
         raise CheckpointError(f"{found.weights}: `{name}` has values that are not finite")
-    return Checkpoint(found=found, tensors=tensors, fields=known, notes=notes, remarks=remarks)
+    return Checkpoint(found=found, tensors=tensors, fields=known, notes=notes, remarks=remarks, assumed=assumed)

@@ -94,7 +94,8 @@ def fold_scale(
     if decoder == "decoder.conv_in" and d.any():
         raise CheckpointError(
             f"the fold shifts z by {d.abs().max():.4g}, and there is no post_quant_conv to undo it: decoder.conv_in "
-            "pads z with zeros, so the image would change along its border. Add quant convs"
+            "pads z with zeros, so the image would change along its border. Add quant convs (--add-quant-convs, "
+            "add_quant_convs=True), which programs for files without them do not take"
             + (
                 f", or fold into shift_factor {float((k * mean)[0])!r}, which needs no offset"
                 if _equal(k * mean)

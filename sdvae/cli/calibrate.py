@@ -68,7 +68,7 @@ def calibrate_command(
     from sdvae.evaluation.write_calibration import check_writable, write_calibration
 
     CalibrateOptions(**options)  # before anything is looked up
-    config_path = str(check_writable(vae, per_channel=per_channel)) if write else None
+    config_path = str(check_writable(vae, per_channel=per_channel, shift=shift)) if write else None
     if dry_run:
         _print_dry_run(vae, images, options, config_path, as_json)
         return

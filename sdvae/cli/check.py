@@ -223,7 +223,7 @@ def _write(found: Audit, data: dict[str, Any], out: Path) -> None:
 
 
 def _print(found: Audit, loaders: Sequence[dict[str, Any]], out: Path | None) -> None:
-    from sdvae.evaluation.audit import headroom_bits
+    from sdvae.evaluation.number_formats import headroom_bits
 
     images = f"{found.num_images} image{'s' if found.num_images != 1 else ''}"
     click.echo(shown(f"{found.vae}: {found.class_name}, {len(found.layers)} layers, {images}, on {found.device}"))

@@ -117,7 +117,7 @@ def _print_report(report: ConvertReport, chosen: ConvertOptions) -> None:
         ("result", f"{report.target}: {report.to}, {_listed(report.dtypes)}, {_size(report.num_bytes)}{copied}"),
         (
             "network",
-            f"channels {_listed(widths)}; {config['layers_per_block']} layers per block; {config['latent_channels']} "
+            f"channels {_listed(widths)}; layers_per_block {config['layers_per_block']}; {config['latent_channels']} "
             f"latent channels; 1/{2 ** (len(widths) - 1)} of the size",
         ),
         ("scale", scale),

@@ -83,7 +83,7 @@ def _print(report: VerifyReport) -> None:
     if not report.problems:
         click.echo("No problems found.")
         return
-    click.echo(f"{len(report.problems)} problems:")
+    click.echo(f"{len(report.problems)} problem{'s' if len(report.problems) != 1 else ''}:")
     for problem in report.problems[:_SHOWN]:
         where = ": ".join(part for part in (problem.file, problem.key) if part)
         click.echo(shown(f"  {where}: {problem.reason}" if where else f"  {problem.reason}"))

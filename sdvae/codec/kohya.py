@@ -34,6 +34,7 @@ __all__ = [
     "file_name",
     "has_flipped",
     "is_file_name",
+    "read_all",
     "read_arrays",
     "read_header",
     "scale_warnings",
@@ -48,14 +49,20 @@ RATIO = 8  # px per latent position that the trainers take for granted
 CHANNELS = 4
 
 _HEADER = "sdvae"
+_FLOATS = (np.float16, np.float32, np.float64)
 
 
 def file_name(key: str, size: tuple[int, int], suffix: str) -> str:
-    """The path of an image's cache, from the image's path and its size as stored (width, height)."""
+    """The path of an image's latents, below the folder of the cache; the folders are those of the image.
+
+    key: path of the image, with "/". size: width and height in px as stored, before EXIF turns the picture.
+    suffix: one of `SCALING_FACTORS`.
+    """
     return f"{PurePosixPath(key).with_suffix('')}_{size[0]:04d}x{size[1]:04d}_{suffix}.npz"
 
 
 def is_file_name(name: str) -> bool:
+    """Whether a file of this name may be of this format, of sdvae or of the trainers themselves: by its suffix."""
     return name.endswith(tuple(f"_{suffix}.npz" for suffix in SCALING_FACTORS))
 
 
@@ -123,18 +130,30 @@ def has_flipped(path: Path) -> bool:
 
 def read_arrays(path: Path) -> tuple[LatentHeader, dict[str, NDArray[Any]]]:
     """The header, and the arrays that `header.space` names. Raises: LatentFileError."""
+    header, arrays = read_all(path)
+    return header, {name: arrays[name] for name in TENSOR_NAMES[header.space]}
+
+
+def read_all(path: Path) -> tuple[LatentHeader, dict[str, NDArray[Any]]]:
+    """The header, and all arrays: those of `read_arrays`, those for the trainers, and what others added.
+
+    Raises: LatentFileError, also for `latents` or `latents_flipped` with values that are not finite.
+    """
     with _opened(path) as npz:
         header = _header(npz, path)
         arrays = {name: npz[name] for name in npz.files if name != _HEADER}
+    for name in {"latents", "latents_flipped", *TENSOR_NAMES[header.space]} & arrays.keys():
+        if arrays[name].dtype not in _FLOATS:
+            raise LatentFileError(f"{path}: damaged latent file: {name} has the type {arrays[name].dtype}")
     for name in ("latents", "latents_flipped"):
         if name in arrays and not np.isfinite(arrays[name]).all():
             raise LatentFileError(f"{path}: damaged latent file: {name} has values that are not finite")
     if header.space == "z" and "latents" in arrays:
-        arrays["z"] = arrays["latents"].astype(header.latent_dtype)
-    expected = TENSOR_NAMES[header.space]
-    if missing := [name for name in ("latents", *expected) if name not in arrays]:
+        with np.errstate(over="ignore"):  # not finite then, which the reader says
+            arrays["z"] = arrays["latents"].astype(header.latent_dtype)
+    if missing := [name for name in ("latents", *TENSOR_NAMES[header.space]) if name not in arrays]:
         raise LatentFileError(f"{path}: damaged latent file: has no {', '.join(missing)}")
-    return header, {name: arrays[name] for name in expected}
+    return header, arrays
 
 
 @contextmanager

@@ -45,9 +45,17 @@ class LatentFile:
         return mean + torch.exp(0.5 * self.tensors["logvar"].float()) * torch.randn(mean.shape, generator=generator)
 
     def latents(self, generator: torch.Generator | None = None) -> Tensor:
-        """What a diffusion model sees: (z - shift_factor) * scaling_factor. Arguments and result as `z`."""
-        vae = self.header.vae
-        return (self.z(generator) - (vae.shift_factor or 0.0)) * vae.scaling_factor
+        """What a diffusion model sees. Arguments and result as `z`.
+
+        (z - shift_factor) * scaling_factor; for a VAE with a mean and a standard deviation per channel
+        (z - latents_mean) * scaling_factor / latents_std.
+        Source: diffusers' pipelines, of Stable Diffusion 3 for the first, of Stable Diffusion XL for the second.
+        """
+        vae, z = self.header.vae, self.z(generator)
+        if vae.is_per_channel:
+            mean, std = (z.new_tensor(values).view(-1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+            return (z - mean) * vae.scaling_factor / std
+        return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
 
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all; replaces what is there.
@@ -97,5 +105,12 @@ def check_tensors(header: LatentHeader, tensors: Mapping[str, Tensor], path: Pat
             )
         if not torch.isfinite(tensor).all():
             raise LatentFileError(f"{path}: damaged latent file: {name} has values that are not finite")
+        for statistic in ("latents_mean", "latents_std"):
+            values = getattr(header.vae, statistic)
+            if values is not None and len(values) != tensor.shape[0]:
+                raise LatentFileError(
+                    f"{path}: damaged latent file: {name} has {tensor.shape[0]} channels, but vae.{statistic} has "
+                    f"{len(values)} values"
+                )
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         raise LatentFileError(f"{path}: damaged latent file: its tensors differ in shape")

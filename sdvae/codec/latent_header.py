@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -89,6 +89,13 @@ class VaeRecord:
     spatial_compression_ratio: int  # px per latent position, along one side
     scaling_factor: float
     shift_factor: float | None  # None: 0
+    latents_mean: tuple[float, ...] | None = None  # per channel; both count where both are given, else neither does
+    latents_std: tuple[float, ...] | None = None
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether latents are (z - latents_mean) * scaling_factor / latents_std, without shift_factor."""
+        return self.latents_mean is not None and self.latents_std is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +135,9 @@ class LatentHeader:
         data = self.to_json()
         for name in ("size_bytes", "mtime_ns"):
             del data["source"][name]
-        del data["sdvae_version"], data["vae"]["name"]
+        for name in ("name", "latents_mean", "latents_std"):  # the digest of the VAE covers the last two
+            del data["vae"][name]
+        del data["sdvae_version"]
         return _digest(data)
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +145,9 @@ class LatentHeader:
         data = {"format_version": FORMAT_VERSION} | asdict(self)
         data["preprocessing"]["digest"] = self.preprocessing.digest
         data["notes"] = list(self.notes)
+        for name in ("latents_mean", "latents_std"):
+            if data["vae"][name] is not None:
+                data["vae"][name] = list(data["vae"][name])
         return data
 
     @classmethod
@@ -220,13 +232,23 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
+@lru_cache
+def _required(kind: Any) -> frozenset[str]:
+    """The fields without a default: those with one came later, and older files lack them."""
+    return frozenset(field.name for field in fields(kind) if field.default is MISSING)
+
+
 def _build(kind: Any, value: Any, name: str) -> Any:
     """A value from JSON as the type that a field declares, strictly; `name` is the field's dotted place."""
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints = _hints(cast(type, kind))
-        if missing := sorted(hints.keys() - value.keys()):
+        if missing := sorted(_required(cast(type, kind)) - value.keys()):
             raise ValueError(f"{name or 'the header'} has no {', '.join(missing)}")
-        parts = {field: _build(hint, value[field], f"{name}.{field}".lstrip(".")) for field, hint in hints.items()}
+        parts = {
+            field: _build(hint, value[field], f"{name}.{field}".lstrip("."))
+            for field, hint in hints.items()
+            if field in value
+        }
         return cast(Callable[..., Any], kind)(**parts)
     if get_origin(kind) is UnionType:  # X | None
         return None if value is None else _build(get_args(kind)[0], value, name)

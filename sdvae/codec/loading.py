@@ -10,7 +10,7 @@ import torch
 from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_autoencoder
 from sdvae.codec.latent_header import VaeRecord
 from sdvae.codec.options import RunOptions
-from sdvae.errors import ConfigError
+from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
 
@@ -66,8 +66,22 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
         spatial_compression_ratio=model.spatial_compression_ratio,
         scaling_factor=float(model.config.scaling_factor),
         shift_factor=None if model.config.shift_factor is None else float(model.config.shift_factor),
+        latents_mean=_per_channel(model, "latents_mean", name),
+        latents_std=_per_channel(model, "latents_std", name),
     )
     loaded = LoadedVae(model=model, record=record, device=device, dtype=dtype)
     if model is not vae:  # a model that was handed in is not changed
         model.to(memory_format=loaded.memory_format)
     return loaded
+
+
+def _per_channel(model: AutoencoderKL, field: str, name: str) -> tuple[float, ...] | None:
+    """A field of the configuration with a number for each latent channel. Raises: CheckpointError."""
+    values = model.config.get(field)
+    if values is None:
+        return None
+    if len(values) != model.config.latent_channels:
+        raise CheckpointError(
+            f"{name}: {field} has {len(values)} values; expected {model.config.latent_channels}, one per latent channel"
+        )
+    return tuple(float(value) for value in values)

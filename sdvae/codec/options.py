@@ -5,16 +5,18 @@ The Python functions and the command line both take their defaults from here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from sdvae.data.pipeline import default_workers
 from sdvae.errors import ConfigError
 
 __all__ = [
     "CACHE_FORMATS",
     "COMPUTE_DTYPES",
     "CROPS",
+    "DEFAULT_KOHYA_SUFFIX",
+    "DEFAULT_SHARD_SIZE",
     "DEVICES",
     "IMAGE_FORMATS",
     "KOHYA_SUFFIXES",
@@ -23,7 +25,6 @@ __all__ = [
     "STORES",
     "DecodeOptions",
     "EncodeOptions",
-    "default_workers",
 ]
 
 STORES = ("moments", "mode", "sample")
@@ -34,12 +35,9 @@ CROPS = ("none", "center")
 CACHE_FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
 SHARDED_FORMATS = ("webdataset", "parquet")  # many images to a file; the others have a file for each
 KOHYA_SUFFIXES = ("sd", "sdxl")
+DEFAULT_SHARD_SIZE = 1000
+DEFAULT_KOHYA_SUFFIX = "sd"
 IMAGE_FORMATS = {"png": ".png", "webp": ".webp", "jpg": ".jpg"}
-
-
-def default_workers() -> int:
-    """One thread per CPU core; more than 8 wait on the disk or on each other."""
-    return min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,8 @@ class EncodeOptions(RunOptions):
     """How images become latent files."""
 
     format: str = "safetensors"  # safetensors and kohya-npz: a file for each image; webdataset and parquet: shards
-    shard_size: int = 1000  # images in a shard
-    kohya_suffix: str = "sd"  # sd or sdxl: which of kohya's trainers looks for the file
+    shard_size: int | None = None  # webdataset and parquet: images in a shard; None: 1000
+    kohya_suffix: str | None = None  # kohya-npz: sd or sdxl, which of its trainers looks for the file; None: sd
     flip: bool = False  # kohya-npz: encode the mirrored image too, for its flip_aug
     store: str = "moments"  # moments: mean and logvar; mode: z = mean; sample: one draw of z
     latent_dtype: str = "float16"  # of the tensors in the file
@@ -83,10 +81,11 @@ class EncodeOptions(RunOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("format", self.format, CACHE_FORMATS)
-        _check_choice("kohya_suffix", self.kohya_suffix, KOHYA_SUFFIXES)
+        self._check_format_takes("shard_size", self.shard_size is not None, SHARDED_FORMATS)
+        self._check_format_takes("kohya_suffix", self.kohya_suffix is not None, ("kohya-npz",))
+        self._check_format_takes("flip", self.flip, ("kohya-npz",))
+        _check_choice("kohya_suffix", self.trainer_suffix, KOHYA_SUFFIXES)
         _check_positive("shard_size", self.shard_size)
-        if self.flip and self.format != "kohya-npz":
-            raise ConfigError(f"flip is given, but the format {self.format} has no place for it; kohya-npz has")
         _check_choice("store", self.store, STORES)
         _check_choice("latent_dtype", self.latent_dtype, LATENT_DTYPES)
         _check_choice("crop", self.crop, CROPS)
@@ -95,6 +94,21 @@ class EncodeOptions(RunOptions):
         if self.crop != "none" and self.size is None:
             raise ConfigError(f"crop is '{self.crop}', but no size is given; give both, for example size 512")
         _check_colour(self.background)
+
+    def _check_format_takes(self, name: str, given: bool, formats: Collection[str]) -> None:
+        if given and self.format not in formats:
+            have = " and ".join(formats) + (" has" if len(formats) == 1 else " have")
+            raise ConfigError(f"{name} is given, but the format {self.format} has no place for it; {have}")
+
+    @property
+    def images_per_shard(self) -> int:
+        """The number of images in a shard, with the default filled in."""
+        return DEFAULT_SHARD_SIZE if self.shard_size is None else self.shard_size
+
+    @property
+    def trainer_suffix(self) -> str:
+        """One of `KOHYA_SUFFIXES`, with the default filled in."""
+        return DEFAULT_KOHYA_SUFFIX if self.kohya_suffix is None else self.kohya_suffix
 
     @property
     def draws(self) -> bool:

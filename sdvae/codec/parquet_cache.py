@@ -51,10 +51,12 @@ def check_installed() -> None:
 
 
 def file_name(number: int) -> str:
+    """The name of a shard, counted from 0: part-000000.parquet."""
     return f"part-{number:06d}.parquet"
 
 
 def is_file_name(name: str) -> bool:
+    """Whether `file_name` gives this name to some shard."""
     return re.fullmatch(r"part-\d{6,}\.parquet", name) is not None
 
 
@@ -86,11 +88,18 @@ def read_headers(path: Path) -> list[LatentHeader]:
 
 
 def read_items(path: Path) -> Iterator[CacheItem]:
-    """Headers and arrays, one by one. Raises: LatentFileError."""
+    """Headers and arrays, one by one. Raises: LatentFileError, also where a column contradicts the header."""
     for table in _row_groups(path, None):
+        facts = {name: table[name].to_pylist() if name in table.column_names else None for name in _FACTS}
         shapes = table["shape"].to_pylist()
         for row, text in enumerate(table[_HEADER].to_pylist()):
             header = parse_header(text, path)
+            for name, expected in _facts(header).items():
+                if (column := facts[name]) is None or column[row] != expected:
+                    found = "is missing" if column is None else f"has {column[row]!r}; its header says {expected!r}"
+                    raise LatentFileError(
+                        f"{path}: damaged latent file: row of {header.source.key!r}: the column {name} {found}"
+                    )
             try:
                 arrays = {
                     name: table[name][row].values.to_numpy(zero_copy_only=False).reshape(shapes[row]).copy()

@@ -23,7 +23,7 @@ from sdvae.data.images import EncodedImage
 from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, file_digest, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
-__all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode"]
+__all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
 
 UP_TO_DATE = "up to date"
 OTHER_VAE = "made by another VAE"
@@ -142,17 +142,40 @@ def _kohya_items(images: Sequence[ImageFile], out: Path, options: EncodeOptions,
             return Item(key=image.key, source=image.path, output=output, action=action, reason=reason)
 
         try:
-            name = kohya.file_name(image.key, EncodedImage(str(image.path), image.path).size(), options.kohya_suffix)
+            size = EncodedImage(str(image.path), image.path).size()
         except ImageError as error:
             yield item(out / image.key, "fail", reason_without_path(error, image.path))
             continue
+        name = kohya.file_name(image.key, size, options.trainer_suffix)
         output, older = out / name, out / PurePosixPath(image.key).with_suffix(".npz")
-        if (owner := owners.setdefault(_folded(name), image.key)) != image.key:
+        if reason := why_no_bucket(*_encoded_size(*size, options)):
+            yield item(output, "fail", reason)
+        elif (owner := owners.setdefault(_folded(name), image.key)) != image.key:
             yield item(output, "fail", f"kohya's trainers would take the latents of {owner} for it: rename one of them")
         elif older.exists():
             yield item(output, "fail", f"{older} is there, which kohya's trainers would read instead: delete it")
         else:
             yield item(output, *_decide_kohya(output, image, options, why_stale))
+
+
+def why_no_bucket(width: int, height: int) -> str | None:
+    """Why kohya's trainers cannot take an image that is encoded at this size, px; None where they can."""
+    if width % kohya.RATIO == height % kohya.RATIO == 0:
+        return None
+    return (
+        f"would be encoded at {width} x {height} px, but kohya's buckets are multiples of {kohya.RATIO} px: give "
+        "--size and --crop center, or prepare the images in the buckets' sizes"
+    )
+
+
+def _encoded_size(width: int, height: int, options: EncodeOptions) -> tuple[int, int]:
+    """The size that an image of this size has after resizing and cropping; EXIF, which may swap both, is not read."""
+    if options.size is None:
+        return width, height
+    if options.crop == "center":
+        return options.size, options.size
+    short, size = min(width, height), options.size
+    return max(size, round(width * size / short)), max(size, round(height * size / short))  # as `resize_and_crop`
 
 
 def _decide_kohya(output: Path, image: ImageFile, options: EncodeOptions, why_stale: WhyStale) -> tuple[Action, str]:
@@ -220,11 +243,11 @@ def _check_others(
 def _free_places(out: Path, shards: Shards, options: EncodeOptions) -> Iterator[Path]:
     """Where new images go, one after the other."""
     for path, headers in shards.items():
-        yield from [path] * (options.shard_size - len(headers))
+        yield from [path] * (options.images_per_shard - len(headers))
     taken = {path.name for path in shards}
     for number in count():
         if (name := shard_name(number, options.format)) not in taken:
-            yield from [out / name] * options.shard_size
+            yield from [out / name] * options.images_per_shard
 
 
 def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptions, vae: VaeRecord) -> Plan:
@@ -329,6 +352,8 @@ def _why_settings_differ(
         return f"{OTHER_VAE}: '{header.vae.name}'"
     if header.vae.dtype != vae.dtype:
         return f"computed in {header.vae.dtype}"
+    if (header.vae.latents_mean, header.vae.latents_std) != (vae.latents_mean, vae.latents_std):
+        return "written without the VAE's latents_mean and latents_std"  # equal digests: by an sdvae that left them out
     if header.preprocessing != preprocessing:
         return "other preprocessing"
     if header.store != options.store or header.latent_dtype != options.latent_dtype:

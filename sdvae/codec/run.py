@@ -19,13 +19,13 @@ from sdvae._version import __version__
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import Member, OnProgress, carry_out, make_folder
-from sdvae.codec.kohya import CHANNELS, RATIO, scale_warnings
+from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS
 from sdvae.codec.latent_file import LatentFile
-from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord
+from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
 from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
 from sdvae.codec.parquet_cache import check_installed
-from sdvae.codec.plan import Item, LatentSource, find_latents, mark_for, plan_decode, plan_encode
+from sdvae.codec.plan import Item, LatentSource, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
 from sdvae.codec.reports import DecodeReport, EncodeReport
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image, x_to_image
 from sdvae.data.sources import ImageFile, file_digest, find_images
@@ -85,7 +85,7 @@ class EncodeRun:
             raise
         manifest = self._cache.close()
         if self.options.format == "kohya-npz":
-            tally.warnings += scale_warnings(self.vae.record, self.options.kohya_suffix)
+            tally.warnings += _scale_warnings(self.vae.record, self.options.trainer_suffix)
         fields = tally.to_fields(self.plan, self.out, self.vae)
         return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
 
@@ -95,11 +95,8 @@ class EncodeRun:
         image = read_pixels(item.source, self.options)
         pixels = image.pixels
         x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
-        if self.options.format == "kohya-npz" and any(asdict(padding).values()):
-            raise ImageError(
-                f"{item.source}: would be encoded at {pixels.shape[1]} x {pixels.shape[0]} px, but kohya's buckets are "
-                f"multiples of {RATIO} px: give --size and --crop center, or prepare the images in the buckets' sizes"
-            )
+        if self.options.format == "kohya-npz" and (reason := why_no_bucket(pixels.shape[1], pixels.shape[0])):
+            raise ImageError(f"{item.source}: {reason}")  # it changed since the plan, which refuses such images
         header = LatentHeader(
             space="moments" if self.options.store == "moments" else "z",
             store=self.options.store,  # type: ignore[arg-type]
@@ -236,8 +233,8 @@ def encode_folder(
     *,
     vae: VaeRef = None,
     format: str = EncodeOptions.format,
-    shard_size: int = EncodeOptions.shard_size,
-    kohya_suffix: str = EncodeOptions.kohya_suffix,
+    shard_size: int | None = EncodeOptions.shard_size,
+    kohya_suffix: str | None = EncodeOptions.kohya_suffix,
     flip: bool = EncodeOptions.flip,
     store: str = EncodeOptions.store,
     latent_dtype: str = EncodeOptions.latent_dtype,
@@ -332,6 +329,23 @@ def _check_format(options: EncodeOptions, vae: LoadedVae) -> None:
         )
     if options.size is not None and options.crop != "none" and options.size % RATIO:
         raise ConfigError(f"size is {options.size}; kohya's buckets are multiples of {RATIO} px, most often of 64")
+
+
+def _scale_warnings(vae: VaeRecord, suffix: str) -> list[str]:
+    """What to say where kohya's trainers would scale the latents of this VAE wrongly; empty where they do it right."""
+    expected = SCALING_FACTORS[suffix]
+    differing = [] if vae.scaling_factor == expected else [f"scaling_factor {vae.scaling_factor}"]
+    if vae.is_per_channel:
+        differing.append("latents_mean and latents_std")
+    elif vae.shift_factor:
+        differing.append(f"shift_factor {vae.shift_factor}")
+    if not differing:
+        return []
+    return [
+        f"kohya's {suffix} trainers multiply every latent by {expected} and do nothing else to it, but this VAE has "
+        f"{' and '.join(differing)}: fold the scale first (sdvae convert VAE DST --fold-scale {expected}), and encode "
+        "with the result"
+    ]
 
 
 def _to_device(tensors: Sequence[Tensor], vae: LoadedVae) -> Tensor:

@@ -31,10 +31,12 @@ _JSON = ".json"
 
 
 def file_name(number: int) -> str:
+    """The name of a shard, counted from 0: shard-000000.tar."""
     return f"shard-{number:06d}.tar"
 
 
 def is_file_name(name: str) -> bool:
+    """Whether `file_name` gives this name to some shard."""
     return re.fullmatch(r"shard-\d{6,}\.tar", name) is not None
 
 

@@ -6,13 +6,14 @@ hundred times the pixels of a thumbnail, in pixels. The computation itself stays
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-__all__ = ["WriteBehind", "group_by_shape", "read_ahead"]
+__all__ = ["WriteBehind", "default_workers", "group_by_shape", "read_ahead"]
 
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
@@ -22,6 +23,11 @@ QUEUE_PIXELS = 64_000_000
 AUTO_BATCH_LIMIT = 64
 # Mixed folders have a few common shapes; a shape beyond these sends the fullest batch off.
 WAITING_SHAPES = 16
+
+
+def default_workers() -> int:
+    """One thread per CPU core; more than 8 wait on the disk or on each other."""
+    return min(8, os.cpu_count() or 1)
 
 
 def read_ahead(

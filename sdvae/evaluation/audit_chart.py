@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from sdvae.evaluation.audit import LIMITS, Audit, LayerPeak, repair_of
+from sdvae.evaluation.activations import LayerPeak
+from sdvae.evaluation.audit import Audit
+from sdvae.evaluation.number_formats import LIMITS
+from sdvae.evaluation.precision_verdict import repair_of
 
 __all__ = ["audit_chart"]
 

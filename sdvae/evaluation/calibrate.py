@@ -6,7 +6,6 @@ Left out: anything that changes the weights; `checkpoints/rewrite.py` folds a sc
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
-from sdvae.data.pipeline import group_by_shape, read_ahead
+from sdvae.data.pipeline import default_workers, group_by_shape, read_ahead
 from sdvae.data.sources import ImageFile, find_images, os_reason
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError
@@ -68,7 +67,7 @@ class CalibrateOptions:
 
     @property
     def num_workers(self) -> int:
-        return min(8, os.cpu_count() or 1) if self.workers is None else self.workers
+        return default_workers() if self.workers is None else self.workers
 
     def protocol(self) -> dict[str, Any]:
         """Every choice that changes a number beyond rounding, besides the images."""

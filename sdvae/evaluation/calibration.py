@@ -128,6 +128,7 @@ class Calibration:
             fields["latents_std"] = [
                 _rounded(each.relative_std.value, each.relative_std.value) for each in self.channels
             ]
+            fields["shift_factor"] = None  # a second centre beside latents_mean: no pipeline reads both
         return fields
 
     def note(self, *, per_channel: bool = False, shift: bool = False) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def _judgement(calibration: Calibration) -> Iterator[str]:
         yield "one image says nothing about the uncertainty: take more"
     elif needed > c.num_images:
         yield (
-            f"{c.num_images} images give scaling_factor to {error:.2g} of its value (standard error); about {needed:,} "
+            f"{c.num_images} images give scaling_factor to {error:.2%} of its value (standard error); about {needed:,} "
             f"like them would give {TARGET:.0%}"
         )
     if c.num_images > 1 and c.num_effective < FEW_IMAGES:

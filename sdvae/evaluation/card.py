@@ -8,47 +8,34 @@ card has the last name. Left out: uploading (`checkpoints/push.py`), and picture
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sdvae._version import __version__
 from sdvae.checkpoints.describe import describe_vae
-from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, SCALE_FIELDS
+from sdvae.checkpoints.push import REPO_PLACEHOLDER
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
-from sdvae.evaluation.report import count, number, plain, signed, when
+from sdvae.evaluation.card_result import entry_of, hub_results, precision_of, view_of
+from sdvae.evaluation.card_text import cell
+from sdvae.evaluation.report import count, plain
 from sdvae.evaluation.result import EvaluationResult
+from sdvae.evaluation.run_record import RunRecord
 from sdvae.files import write_atomic
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 __all__ = ["Card", "build_card", "write_card"]
 
 Row = dict[str, Any]
 
 _TAGS = ["autoencoder", "vae", "sdvae"]
-_PLACEHOLDER = "REPO_ID"
 _MARK = re.compile(r"<!-- Written by sdvae card.*?; text (?P<text>[0-9a-f]{16}) -->\n\Z")
-_SCALE_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-_VALIDATION = {  # keys of metrics.jsonl; docs/training.md has their definitions
-    "val/psnr": "PSNR (dB) ↑",
-    "val/lpips": "LPIPS ↓",
-    "val/kl": "KL (nats per image)",
-    "val/posterior_std": "mean standard deviation of z",
-}
-_STARTS = {"default": "random weights", "linear": "about the best linear transform of the training crops"}
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors headers say it
-_HUB_METRICS = {"psnr": "psnr", "ssim": "ssim", "lpips_alex": "lpips", "lpips_vgg": "lpips", "rfid": "fid"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +62,8 @@ def build_card(
     """
     path = Path(vae).expanduser()
     facts = _describe(path)
-    entry = None if result is None else _entry(result, facts["digest"])
-    run_facts = None if run is None else _Run(Path(run).expanduser(), path, facts)
+    entry = None if result is None else entry_of(result, facts["digest"])
+    run_facts = None if run is None else RunRecord(Path(run).expanduser(), path, facts)
     chosen_license = license or facts["notes"].get("license")
     missing = tuple(_missing(facts, run_facts, entry, chosen_license))
     title = repo.rpartition("/")[2] if repo else _title(path.resolve())
@@ -85,18 +72,18 @@ def build_card(
         .get_template("card.md")
         .render(
             title=title,
-            repo=repo or _PLACEHOLDER,
+            repo=repo or REPO_PLACEHOLDER,
             ratio=facts["spatial_compression_ratio"],
             config=facts["config"],
             variant=_variant(facts),
             to_latents=_to_latents(facts["config"]),
             network=list(_network(facts)),
-            scale=[(name, plain(facts["config"][name])) for name in _SCALE_FIELDS],
+            scale=[(name, plain(facts["config"][name])) for name in SCALE_FIELDS],
             scale_origin=_scale_origin(facts, run_facts),
             history=list(_history(facts["notes"])),
             training=None if run_facts is None else run_facts.view(),
-            evaluation=None if result is None or entry is None else _evaluation(result, entry),
-            precision=None if entry is None else _precision(entry),
+            evaluation=None if result is None or entry is None else view_of(result, entry),
+            precision=None if entry is None else precision_of(entry),
             loaders=[_loader(verdict) for verdict in facts["loaders"]],
             limits=list(_limits(facts)),
             missing=missing,
@@ -187,7 +174,7 @@ def _network(facts: Row) -> Iterator[tuple[str, str]]:
     yield "digest", f"`{facts['digest']}`"
 
 
-def _scale_origin(facts: Row, run: _Run | None) -> str:
+def _scale_origin(facts: Row, run: RunRecord | None) -> str:
     if calibration := facts["notes"].get("calibration"):
         errors = calibration.get("standard_errors", {})
         uncertain = [f"{name} {plain(value)}" for name, value in errors.items() if value is not None]
@@ -234,7 +221,7 @@ def _limits(facts: Row) -> Iterator[str]:
         yield "`force_upcast` is set: pipelines that read it compute this autoencoder in float32."
 
 
-def _missing(facts: Row, run: _Run | None, entry: Row | None, license: str | None) -> Iterator[str]:
+def _missing(facts: Row, run: RunRecord | None, entry: Row | None, license: str | None) -> Iterator[str]:
     if license is None:
         yield "license: not stated"
     if run is None:
@@ -243,258 +230,8 @@ def _missing(facts: Row, run: _Run | None, entry: Row | None, license: str | Non
         yield "scale: where scaling_factor comes from is not recorded"
     if entry is None:
         yield "quality: not measured"
-    if entry is None or not _precision(entry):
+    if entry is None or not precision_of(entry):
         yield "float16 and bfloat16: not measured"
-
-
-# The training run
-
-
-class _Run:
-    """The folder of a training run, read as plain files, and how the VAE of the card relates to it."""
-
-    def __init__(self, folder: Path, vae: Path, facts: Row) -> None:
-        self.config: Row = _read_yaml(folder / "config.yaml")
-        self.environment: Row = _read_json(folder / "environment.json")
-        self.rows = _read_rows(folder / "metrics.jsonl")
-        self.is_finished = (folder / "vae" / CONFIG_NAME).is_file()
-        self.which, self.relation = _relation(folder, vae, facts)
-        self.best: Row = _read_json(folder / "checkpoints" / "best.json")
-
-    @property
-    def calibrated_on(self) -> int | None:
-        """Training crops that the VAE's own scaling_factor was measured on."""
-        images: int | None = self.config.get("training", {}).get("num_calibration_images")
-        return images if self.is_finished and self.relation == "equal" else None
-
-    def view(self) -> Row:
-        made = f"the run's `{self.which}`" + (", the step that was best in validation" if "best" in self.which else "")
-        relations = {
-            "equal": f"These weights are {made}.",
-            "scale": f"These weights are {made}; the scale was set anew afterwards.",
-            "source": f"These weights were made from {made}, see the history.",
-        }
-        return {
-            "relation": relations[self.relation],
-            "facts": list(self._facts()),
-            "validation": self._validation(),
-            "yaml": yaml.safe_dump(_published(self.config), sort_keys=False, allow_unicode=True)
-            .strip()
-            .replace("```", "'''"),
-        }
-
-    def _facts(self) -> Iterator[tuple[str, str]]:
-        data, training, seen = (self.config.get("data", {}), self.config.get("training", {}), self.environment)
-        if "path" in data:
-            yield "images", _public(data["path"])
-        if "num_train_images" in seen:
-            images = seen["num_train_images"]
-            yield "number of training images", "not known of a stream" if images is None else count(images)
-        if "crop_px" in data:
-            yield "crops", f"{data['crop_px']} px"
-        if steps := max((row["step"] for row in self.rows), default=None):
-            yield "steps", f"{count(steps)} of {count(training.get('steps'))} planned"
-        if "batch_size" in training and "num_processes" in seen:
-            parts = (training["batch_size"], training.get("accumulation", 1), seen["num_processes"])
-            yield "images in a step", f"{parts[0] * parts[1] * parts[2]} ({parts[0]} x {parts[1]} x {parts[2]} devices)"
-        if "init" in training:
-            yield "started from", _STARTS.get(training["init"]) or _public(str(training["init"]))
-        if "trained" in training:
-            yield "trained part", str(training["trained"])
-        if "num_trained_parameters" in seen:
-            yield "trained parameters", count(seen["num_trained_parameters"])
-        if "precision" in training:
-            yield "precision", "float32" if training["precision"] == "no" else str(training["precision"])
-        versions = [f"{name} {seen[name]}" for name in ("sdvae", "torch", "python") if name in seen]
-        if versions:
-            yield "software", ", ".join(versions) + (f", on {seen['device']}" if "device" in seen else "")
-
-    def _validation(self) -> Row | None:
-        """What was logged for exactly these weights, as far as the run tells."""
-        rows = [row for row in self.rows if any(name in row for name in _VALIDATION)]
-        if self.relation == "source" or not rows:
-            return None
-        step = self.best.get("step") if self.which == "vae-best" else max(row["step"] for row in self.rows)
-        row = next((row for row in rows if row["step"] == step), None)
-        if row is None:
-            return None
-        numbers = [(title, f"{row[name]:.4g}") for name, title in _VALIDATION.items() if row.get(name) is not None]
-        return {"step": step, "images": self.environment.get("num_val_images"), "rows": numbers}
-
-
-def _relation(folder: Path, vae: Path, facts: Row) -> tuple[str, str]:
-    """Which of the run's VAEs the card's VAE is: the same; the same weights with another scale; or made from it."""
-    candidates = [folder / name for name in ("vae", "vae-best") if (folder / name / CONFIG_NAME).is_file()]
-    if not candidates:
-        raise ConfigError(f"{folder} has neither vae/ nor vae-best/; a card is about a VAE that a run has written")
-    models = {candidate.name: load_autoencoder(candidate) for candidate in candidates}
-    digests = {name: autoencoder_digest(model) for name, model in models.items()}
-    for relation, digest in (("equal", facts["digest"]), ("source", facts["notes"].get("source_digest"))):
-        if name := next((name for name, found in digests.items() if found == digest), None):
-            return name, relation
-    weights = load_autoencoder(vae).state_dict()
-    for name, model in models.items():
-        if _equal(weights, model.state_dict()):
-            return name, "scale"
-    listed = ", ".join(f"{name} {digest}" for name, digest in digests.items())
-    raise ConfigError(f"the run {folder} made another VAE than {vae}: it has {listed}, the folder {facts['digest']}")
-
-
-def _equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-
-
-def _read_yaml(path: Path) -> Row:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; expected the folder of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no settings of a run")
-    return data
-
-
-def _read_json(path: Path) -> Row:
-    """{} where the run has no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data: Row = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    return data
-
-
-def _read_rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a JSON object per line ({error})") from None
-
-
-def _published(value: Any) -> Any:
-    """Settings without the folders of this machine."""
-    if isinstance(value, dict):
-        return {name: _published(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_published(item) for item in value]
-    return _public(value) if isinstance(value, str) else value
-
-
-def _public(text: str) -> str:
-    """The last name of a path that says where things lie on this machine; any other text as it is."""
-    for flavour, start in ((PurePosixPath, r"/|~|\.\.?/"), (PureWindowsPath, r"[A-Za-z]:[\\/]|\\\\")):
-        if re.match(start, text):
-            return flavour(text).name
-    return text
-
-
-# The evaluation
-
-
-def _entry(result: EvaluationResult, digest: str) -> Row:
-    for entry in result.vaes:
-        if entry["digest"] == digest:
-            return entry
-    measured = ", ".join(f"{entry['id']} {entry['digest']}" for entry in result.vaes)
-    raise ConfigError(
-        f"the evaluation measured other VAEs than the one of the card, {digest}: {measured}. A rewrite or another "
-        f"scale makes another VAE; measure this one: sdvae evaluate IMAGES --vae VAE"
-    )
-
-
-def _evaluation(result: EvaluationResult, entry: Row) -> Row:
-    shown = [entry, *(other for other in result.vaes if other["role"] == "reference" and other is not entry)]
-    by_name = {metric["name"]: metric for metric in result.metrics}
-    measured = [metric for metric in result.metrics if _value(entry, metric["name"]) is not None]
-    comparisons = [each for each in result.comparisons if each["vae"] == entry["id"]]
-    return {
-        "num_images": result.dataset["num_images"],
-        "unreadable": len(result.dataset["unreadable"]),
-        "dataset": _public(str(result.dataset["source"])),
-        "when": when(result.created),
-        "version": result.sdvae_version,
-        "columns": ["this VAE", *(_public(str(other["ref"])) for other in shown[1:])],
-        "rows": [
-            {"name": _metric_title(metric), "cells": [_cell(metric, vae, result) for vae in shown]}
-            for metric in measured
-        ],
-        "comparisons": [_comparison(each, by_name, result) for each in comparisons],
-        "skipped": [f"{skipped['name']} ({skipped['reason']})" for skipped in result.skipped_metrics],
-        "warnings": result.warnings,
-        "protocol": list(_protocol(result)),
-    }
-
-
-def _value(entry: Row, metric: str) -> float | None:
-    summary = entry["summary"].get(metric) or {}
-    value: float | None = summary.get("mean", summary.get("value"))
-    return value
-
-
-def _metric_title(metric: Row) -> str:
-    unit = f" ({metric['unit']})" if metric["unit"] else ""
-    arrow = {"higher": "↑", "lower": "↓"}.get(metric["better"]) or f"→ {metric['target']:g}"
-    return f"{metric['title']}{unit} {arrow}"
-
-
-def _cell(metric: Row, entry: Row, result: EvaluationResult) -> str:
-    summary, decimals = entry["summary"].get(metric["name"]) or {}, metric["decimals"]
-    value = _value(entry, metric["name"])
-    text = number(value, decimals)
-    if summary.get("low") is not None:
-        text += f" [{number(summary['low'], decimals)}, {number(summary['high'], decimals)}]"
-    elif metric["kind"] == "set" and summary.get("std") is not None:
-        text += f" ± {number(summary['std'], decimals)}"
-    images = summary.get("count")
-    return text + (f" ({count(images)} images)" if value is not None and images != result.dataset["num_images"] else "")
-
-
-def _comparison(comparison: Row, by_name: Mapping[str, Row], result: EvaluationResult) -> Row:
-    reference = next(vae for vae in result.vaes if vae["id"] == comparison["reference"])
-    rows = []
-    for name, delta in comparison["metrics"].items():
-        if name not in by_name or delta["delta"] is None:
-            continue
-        decimals = by_name[name]["decimals"]
-        text = signed(delta["delta"], decimals)
-        if delta.get("low") is not None:
-            text += f" [{signed(delta['low'], decimals)}, {signed(delta['high'], decimals)}]"
-        rows.append({"name": _metric_title(by_name[name]), "delta": text, "verdict": delta["verdict"]})
-    swap = (comparison.get("swap") or {}).get("sentence")
-    return {"reference": _public(str(reference["ref"])), "rows": rows, "swap": swap}
-
-
-def _protocol(result: EvaluationResult) -> Iterator[tuple[str, str]]:
-    for name, value in result.protocol.items():
-        if name == "fid" and isinstance(value, dict):
-            value = {key: _public(str(item)) for key, item in value.items()}
-        yield name, plain(value)
-    yield "digest of the images", f"`{result.dataset['digest']}`"
-    yield (
-        "environment",
-        plain(
-            {name: result.environment[name] for name in ("device", "torch", "diffusers") if name in result.environment}
-        ),
-    )
-
-
-def _precision(entry: Row) -> list[tuple[str, str]]:
-    """Outcome of the precision test of the evaluation, for each type but float32."""
-    rows = (entry.get("stress") or {}).get("precision") or []
-    return [(row["dtype"], _precision_of(row)) for row in rows if row["dtype"] != "float32"]
-
-
-def _precision_of(row: Row) -> str:
-    if "error" in row:
-        return f"failed: {row['error']}".replace("|", r"\|").replace("\n", " ")
-    if not row["finite"]:
-        return "values overflow: not usable without float32"
-    return f"finite; PSNR against float32 {number(row['psnr_against_fp32'], 1)} dB"
 
 
 # Front matter and text
@@ -503,7 +240,7 @@ def _precision_of(row: Row) -> str:
 def _front_matter(title: str, license: str | None, result: EvaluationResult | None, entry: Row | None) -> str:
     from huggingface_hub import ModelCardData
 
-    results = [] if result is None or entry is None else list(_eval_results(result, entry))
+    results = [] if result is None or entry is None else list(hub_results(result, entry))
     data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -512,24 +249,6 @@ def _front_matter(title: str, license: str | None, result: EvaluationResult | No
         eval_results=results or None,
     )
     return data.to_yaml(line_break="\n")
-
-
-def _eval_results(result: EvaluationResult, entry: Row) -> Iterator[EvalResult]:
-    from huggingface_hub import EvalResult
-
-    dataset = _public(str(result.dataset["source"]))
-    for metric in result.metrics:
-        name, value = metric["name"], _value(entry, metric["name"])
-        if name in _HUB_METRICS and value is not None:
-            yield EvalResult(
-                task_type="image-to-image",
-                task_name="Image reconstruction",
-                dataset_type=dataset,
-                dataset_name=f"{dataset}, {result.dataset['num_images']} images",
-                metric_type=_HUB_METRICS[name],
-                metric_name=metric["title"],
-                metric_value=round(value, metric["decimals"]),
-            )
 
 
 @cache
@@ -542,9 +261,3 @@ def _environment() -> Environment:
     )
     environment.filters |= {"cell": cell, "count": count}
     return environment
-
-
-def cell(value: object) -> str:
-    """Text for a cell of a table or a line: on one line, with nothing in it that Markdown or HTML would act on."""
-    text = " ".join(str(value).split())
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", r"\|")

@@ -19,7 +19,9 @@ from sdvae.checkpoints.read import Checkpoint
 from sdvae.checkpoints.streams import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
 from sdvae.data.images import image_to_x
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.evaluation.audit import LIMITS, Audit, audit, headroom_bits, repair_of
+from sdvae.evaluation.audit import Audit, audit
+from sdvae.evaluation.number_formats import LIMITS, headroom_bits
+from sdvae.evaluation.precision_verdict import repair_of
 from sdvae.evaluation.stress import Pixels
 from sdvae.evaluation.subject import Subject, open_subject
 from sdvae.model.device import exact_float32

@@ -7,7 +7,6 @@ disk, so no number depends on who measured what, or when.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
@@ -16,7 +15,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from sdvae.data.pipeline import read_ahead
+from sdvae.data.pipeline import default_workers, read_ahead
 from sdvae.errors import ConfigError, OutputExistsError, SdvaeError
 from sdvae.evaluation.blocks import BlockStore
 from sdvae.evaluation.conclude import conclude
@@ -175,7 +174,7 @@ def _read(setup: Setup, indices: Sequence[int]) -> Generator[tuple[int, Prepared
     def read(index: int) -> Prepared:
         return prepare(index, plan.files[index], plan.protocol)
 
-    workers = plan.options.workers or min(8, os.cpu_count() or 1)
+    workers = plan.options.workers or default_workers()
     with closing(read_ahead(indices, read, attrgetter("num_px"), workers)) as reading:
         for index, item in reading:
             if isinstance(item, Exception) and not isinstance(item, SdvaeError):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.convert import convert
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path
 from sdvae.errors import CheckpointError, MissingWeightsError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -64,6 +65,17 @@ def test_every_weight_and_the_class_come_back_and_the_random_state_stays(
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
     assert autoencoder_digest(loaded) == autoencoder_digest(model)
+
+
+def test_a_file_with_a_header_of_ours_is_what_the_header_says_whatever_lies_beside_it(
+    vae_path: Path, tiny_path: Path
+) -> None:
+    file = tiny_path / "mine.safetensors"
+    convert(vae_path, file, to="ldm")
+    assert autoencoder_digest(load_any_autoencoder(file)) == autoencoder_digest(load_any_autoencoder(vae_path))
+    file.rename(tiny_path / WEIGHTS)  # now it is a part of the folder
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_any_autoencoder(tiny_path / WEIGHTS)
 
 
 def test_half_precision_files_are_loaded_as_float32(tiny_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,95 @@ def test_a_file_that_we_wrote_knows_its_own_scale_whatever_lies_beside_it(source
     assert load_autoencoder(source / "a.safetensors").config.scaling_factor == 0.18215
     assert load_autoencoder(source).config.scaling_factor == 0.31
     assert load_autoencoder(source / "a.safetensors", config=source).config.scaling_factor == 0.31
+
+
+# A scale that nothing shows
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """An LDM file of four latent channels that says nothing of its scale."""
+    path = tmp_path / "bare.safetensors"
+    save_file(to_ldm(make(fields(32, 32, norm_num_groups=32)).state_dict()), path)
+    return path
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_guessed_scale_is_never_folded(bare: Path, tmp_path: Path, dry_run: bool) -> None:
+    with pytest.raises(CheckpointError, match="nothing in the files shows") as caught:
+        convert(bare, tmp_path / "out", fold_scale=0.13025, dry_run=dry_run)
+    for part in (str(bare), "0.18215", "0.13025", "--scaling-factor 0.18215 or --scaling-factor 0.13025"):
+        assert part in str(caught.value)
+    with pytest.raises(CheckpointError, match="nothing in the files shows"):  # of which this says nothing
+        convert(bare, tmp_path / "out", fold_scale=0.13025, shift_factor=0.1)
+    assert left_in(tmp_path) == ["bare.safetensors"]
+
+    report = convert(bare, tmp_path / "out", fold_scale=0.13025, scaling_factor=0.13025, dry_run=dry_run)
+    assert report.config["scaling_factor"] == 0.13025 and report.fold and report.warnings == ()
+    if not dry_run:
+        # SDXL's file stays as it is
+        assert same_bits(load_file(tmp_path / "out" / WEIGHTS), read_checkpoint(bare).tensors)
+        assert read_checkpoint(tmp_path / "out").assumed == ()
+
+
+def pipeline_around(vae: StockAutoencoderKL, folder: Path) -> Path:
+    """A pipeline folder, of which the conversion reads the index and the VAE's configuration."""
+    vae.save_pretrained(folder / "vae")
+    index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "inside"),
+    [
+        ("a", {}, ""),
+        ("a", {"max_shard_size": "20KB"}, ""),
+        ("a.safetensors", {"to": "ldm", "prefix": "vae."}, ""),
+        ("a", {"into": "pipeline"}, ""),
+        pytest.param("a", {"to": "onnx"}, "vae_encoder", marks=pytest.mark.slow),
+    ],
+    ids=["folder", "shards", "ldm", "into", "onnx"],
+)
+def test_a_guess_stays_a_guess_through_conversions(
+    bare: Path, tmp_path: Path, name: str, options: dict[str, Any], inside: str
+) -> None:
+    if "into" in options:
+        options = {"into": pipeline_around(make(fields(8, 8)), tmp_path / "pipeline")}
+    if "onnx" in options.values():
+        pytest.importorskip("onnxruntime")
+    report = convert(bare, tmp_path / name, **options)
+    assert any("scaling_factor 0.18215 is assumed" in w and "--scaling-factor" in w for w in report.warnings)
+    if inside:
+        assert json.loads((tmp_path / name / inside / "config.json").read_text())[NOTES_FIELD]["assumed"] == [
+            "scaling_factor"
+        ]
+        return
+    convert(tmp_path / name, tmp_path / "next")
+    for path in (tmp_path / name, tmp_path / "next"):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.notes["assumed"] == ["scaling_factor"] and checkpoint.assumed == ("scaling_factor",)
+        assert any("was assumed" in remark for remark in checkpoint.remarks)
+        with pytest.raises(CheckpointError, match="nothing in the files shows"):
+            convert(path, tmp_path / "folded", fold_scale=0.13025)
+    assert convert(bare, tmp_path / name, **options).status == "up to date"
+
+    said = convert(tmp_path / "next", tmp_path / "said", scaling_factor=0.18215)
+    assert said.warnings == () and said.remarks == ()
+    checkpoint = read_checkpoint(tmp_path / "said")
+    assert "assumed" not in checkpoint.notes and checkpoint.assumed == ()
+    assert convert(tmp_path / "said", tmp_path / "folded", fold_scale=0.13025).status == "written"
+
+
+def test_a_scale_that_is_set_later_is_no_longer_assumed(bare: Path, tmp_path: Path) -> None:
+    convert(bare, tmp_path / "a")
+    update_config(tmp_path / "a", {}, {"license": "mit"})
+    assert read_checkpoint(tmp_path / "a").assumed == ("scaling_factor",)
+    update_config(tmp_path / "a", {"scaling_factor": 0.18215}, {"calibration": {"images": 3}})
+    shutil.copy(tmp_path / "a" / WEIGHTS, tmp_path / "alone.safetensors")
+    for path in (tmp_path / "a", tmp_path / "alone.safetensors"):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.assumed == () and "assumed" not in checkpoint.notes
 
 
 # Proof

@@ -1,4 +1,4 @@
-"""Names there and back, for any configuration; the names of the published autoencoder; what shapes say."""
+"""Names there and back, for any configuration; the names of Stable Diffusion's autoencoder; what shapes say."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def expand(template: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*(part.split(",") for part in parts))]
 
 
-def published_names() -> dict[str, str]:
-    """LDM -> diffusers, of Stable Diffusion 1.x."""
+def sd1_names() -> dict[str, str]:
+    """LDM -> diffusers, of Stable Diffusion 1.x, as the sources of the two classes name their modules."""
     lines = (Path(__file__).parent / "data" / "sd1_names.txt").read_text().splitlines()
     stems = [pair for line in lines if line[0] != "#" for pair in zip(*map(expand, line.split()), strict=True)]
     return {f"{ldm}.{end}": f"{new}.{end}" for ldm, new in stems for end in ("weight", "bias")}
@@ -140,12 +140,12 @@ def test_keys_of_something_else_are_named(name: str, convert: Any) -> None:
         convert(tensors | {name: torch.zeros(1)})
 
 
-# The published autoencoder
+# The autoencoder of Stable Diffusion
 
 
-def test_the_names_of_stable_diffusion_are_those_of_the_published_files() -> None:
+def test_the_names_of_stable_diffusion_are_those_of_the_two_classes() -> None:
     stock = state_of(SD1, "meta")
-    names = published_names()
+    names = sd1_names()
     assert len(names) == 248
     assert sum(tensor.numel() for tensor in stock.values()) == 83_653_863
     assert sorted(names.values()) == sorted(stock)
@@ -166,8 +166,8 @@ def test_the_names_of_stable_diffusion_are_those_of_the_published_files() -> Non
     assert {name: tensor.item() for name, tensor in to_ldm(old).items()} == {n: float(i) for i, n in enumerate(names)}
 
 
-def test_the_list_of_published_names_is_what_diffusers_reads() -> None:
-    names = published_names()
+def test_the_list_of_names_is_what_diffusers_reads() -> None:
+    names = sd1_names()
     tagged = {name: torch.tensor([float(i)]) for i, name in enumerate(names)}
     theirs = convert_ldm_vae_checkpoint(
         {name: t[..., None, None] if "attn_1" in name else t for name, t in tagged.items()}, SD1

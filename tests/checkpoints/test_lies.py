@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save, save_file
 
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
+from sdvae.cli.main import cli
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -179,6 +181,58 @@ def test_a_lying_file_is_refused_by_name(tmp_path: Path, honest: Path, lie: str,
         with pytest.raises(CheckpointError, match=message) as caught:
             read(path if place == "alone" else tmp_path)
         assert str(path) in str(caught.value)
+
+
+# A few of each sort; that each is refused is tested above.
+WRITING_LIES = [
+    "empty",
+    "cut in its header",
+    "cut in its data",
+    "overlapping offsets",
+    "a number format that nobody knows",
+    "a Git LFS pointer",
+    "NaN",
+    "whole numbers",
+    "a wrong shape",
+    "a UNet",
+    "only a decoder",
+    "two autoencoders behind prefixes",
+]
+WRITERS: dict[str, Callable[[Path, Path, Path], list[object]]] = {
+    "diffusers": lambda lie, out, pipeline: ["convert", lie, out / "x"],
+    "ldm": lambda lie, out, pipeline: ["convert", lie, out / "x.safetensors", "--to", "ldm"],
+    "into": lambda lie, out, pipeline: ["convert", lie, out / "x", "--into", pipeline],
+    "fix-fp16": lambda lie, out, pipeline: ["fix-fp16", lie, out / "x"],
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("lie", WRITING_LIES)
+def test_of_a_lying_file_nothing_is_written(tmp_path: Path, honest: Path, lie: str, writer: str) -> None:
+    path, pipeline, out = tmp_path / "lie.safetensors", tmp_path / "pipeline", tmp_path / "out"
+    path.write_bytes(LIES[lie][0]((honest / WEIGHTS).read_bytes()))
+    shutil.copytree(honest, pipeline / "vae")
+    (pipeline / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    out.mkdir()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    result = CliRunner().invoke(cli, [str(argument) for argument in WRITERS[writer](path, out, pipeline)])
+    assert result.exit_code == 1, result.output
+    assert str(path) in result.stderr and result.stdout == ""
+    assert list(out.iterdir()) == []
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_of_an_honest_file_the_same_commands_write(tmp_path: Path, honest: Path, writer: str) -> None:
+    (tmp_path / "out").mkdir()
+    shutil.copytree(honest, tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
+    path = shutil.copy(honest / WEIGHTS, tmp_path / "x.safetensors")
+    command = WRITERS[writer](path, tmp_path / "out", tmp_path / "pipeline")
+    command += ["--force", "--size", 64, "--limit", 1, "--probe-size", 64] if writer == "fix-fp16" else []
+    result = CliRunner().invoke(cli, [str(argument) for argument in command])
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_a_folder_with_the_name_of_a_file_is_refused(tmp_path: Path) -> None:

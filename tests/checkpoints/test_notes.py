@@ -217,6 +217,41 @@ def test_a_failure_on_the_way_leaves_the_folder_as_it_was(make_vae: MakeVae, mon
     assert os.listdir(folder.parent) == [folder.name]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="limits on the size of files are those of POSIX")
+@pytest.mark.parametrize("size", [0, 64])  # bytes that can be written before the disk is full
+def test_config_json_alone_is_whole_where_the_disk_is_full(make_vae: MakeVae, size: int) -> None:
+    import resource
+
+    folder = make_vae()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before["config.json"]) > size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # Python ignores the signal, so writing raises OSError
+    try:
+        with pytest.raises(CheckpointError, match=r"config\.json: cannot be written: .* unchanged"):
+            update_config(folder, {"scaling_factor": 0.5}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_config_json_alone_is_the_old_one_until_the_new_one_is_on_the_disk(
+    make_vae: MakeVae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_vae()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def broken(descriptor: int) -> None:
+        assert (folder / "config.json").read_bytes() == before["config.json"]
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sdvae.files.os.fsync", broken)
+    with pytest.raises(CheckpointError, match="unchanged"):
+        update_config(folder, {"scaling_factor": 0.5}, {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_files_keep_their_permissions(make_vae: MakeVae) -> None:
     folder = make_vae()
     (folder / "config.json").chmod(0o664)

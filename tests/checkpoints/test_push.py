@@ -6,6 +6,7 @@ import base64
 import hashlib
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.utils import PushToHubMixin
 
 from sdvae.checkpoints.formats import CARD_NAME
 from sdvae.checkpoints.push import push
@@ -165,6 +167,50 @@ def test_the_hub_has_the_files_bit_for_bit_and_no_others(
         (tmp_path / "down" / name).write_bytes(content)
     assert autoencoder_digest(load_autoencoder(tmp_path / "down")) == report.vae_digest
     assert autoencoder_digest(diffusers.AutoencoderKL.from_pretrained(tmp_path / "down")) == report.vae_digest
+
+
+def test_the_upload_is_that_of_diffusers_own_mixin(hub: type[Hub], vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixins, calls = PushToHubMixin._upload_folder, []
+
+    def watched(self: PushToHubMixin, working_dir: Path, repo_id: str, **options: Any) -> Any:
+        calls.append((type(self), sorted(os.listdir(working_dir)), repo_id, options))
+        return mixins(self, working_dir, repo_id, **options)
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_folder", watched)
+    push(vae, "org/name", message="First", create_pr=True)
+    options = {"commit_message": "First", "create_pr": True}
+    assert calls == [(AutoencoderKL, [CARD_NAME, "config.json", WEIGHTS], "org/name", options)]
+    assert sorted(hub.files) == calls[0][1]
+
+
+def other_arguments(self: PushToHubMixin, repository: str, *, folder: Path) -> None:
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("method", "words"), [(None, "no attribute '_upload_folder'"), (other_arguments, "too many")])
+def test_a_diffusers_that_uploads_in_another_way_is_named_before_a_repository_is_made(
+    hub: type[Hub], vae: Path, monkeypatch: pytest.MonkeyPatch, method: Any, words: str
+) -> None:
+    if method is None:
+        monkeypatch.delattr(PushToHubMixin, "_upload_folder")
+    else:
+        monkeypatch.setattr(PushToHubMixin, "_upload_folder", method)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=f"^diffusers {diffusers.__version__} uploads in another way.*{words}"):
+            push(vae, "org/name", dry_run=dry_run)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("defect", [AttributeError, TypeError])
+def test_a_defect_is_not_told_as_a_refusal_of_the_hub(
+    hub: type[Hub], vae: Path, monkeypatch: pytest.MonkeyPatch, defect: type[Exception]
+) -> None:
+    def broken(self: PushToHubMixin, *arguments: Any, **options: Any) -> None:
+        raise defect("in a library")
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_folder", broken)
+    with pytest.raises(defect, match="^in a library$"):
+        push(vae, "org/name")
 
 
 def test_a_private_repository_of_ones_own_and_a_pull_request(hub: type[Hub], vae: Path) -> None:

@@ -298,7 +298,46 @@ def test_what_is_inferred_and_assumed_is_said(tmp_path: Path, vae: AutoencoderKL
     assert any("assumed to be 0.18215" in r and "SDXL's is 0.13025" in r for r in remarks)
 
 
-def test_a_config_beside_the_file_or_passed_counts_before_everything(tmp_path: Path, vae: AutoencoderKL) -> None:
+def test_a_scale_that_nothing_shows_is_assumed_and_one_that_something_shows_is_not(
+    tmp_path: Path, vae: AutoencoderKL
+) -> None:
+    tensors = to_ldm(stored(vae))
+    bare = write(tmp_path / "bare.safetensors", tensors)
+    assert read_checkpoint(bare).assumed == ("scaling_factor",)
+    assert read_checkpoint(bare, fields={"shift_factor": 0.1}).assumed == ("scaling_factor",)
+    assert read_checkpoint(bare, fields={"scaling_factor": 0.18215}).assumed == ()
+    assert read_checkpoint(bare, config=save_autoencoder(vae, tmp_path / "vae")).assumed == ()
+    around = {name: torch.zeros(3) for name in AROUND["SDXL"]}
+    whole = write(tmp_path / "whole.safetensors", prefixed("first_stage_model.", tensors) | around)
+    assert read_checkpoint(whole).assumed == ()
+    statistics = {"edm_mean": torch.zeros(1, 4, 1, 1), "edm_std": torch.ones(1, 4, 1, 1)}
+    assert read_checkpoint(write(tmp_path / "edm.safetensors", tensors | statistics)).assumed == ()
+
+
+@pytest.mark.parametrize("place", ["header", "config.json"])
+def test_an_assumption_that_was_written_down_stays_one_until_somebody_says_the_scale(
+    tmp_path: Path, vae: AutoencoderKL, place: str
+) -> None:
+    fields = {name: value for name, value in vae.config.items() if name[0] != "_"}
+    assert fields["scaling_factor"] == 0.18215
+
+    def written(**changes: Any) -> Path:
+        notes, name = {"assumed": ["scaling_factor"]}, WEIGHTS if place == "config.json" else "x.safetensors"
+        if place == "config.json":
+            (tmp_path / "config.json").write_text(json.dumps(fields | changes | {"_sdvae": notes}))
+        return write(tmp_path / name, stored(vae), header_metadata(fields | changes, notes))
+
+    checkpoint = read_checkpoint(written())
+    assert checkpoint.assumed == ("scaling_factor",)
+    (remark,) = checkpoint.remarks
+    assert "scaling_factor 0.18215" in remark and "was assumed" in remark and "SDXL's is 0.13025" in remark
+    said = read_checkpoint(written(), fields={"scaling_factor": 0.18215})
+    assert (said.assumed, said.remarks) == ((), ())
+    edited = read_checkpoint(written(scaling_factor=0.13025))  # somebody knew better
+    assert (edited.assumed, edited.remarks) == ((), ())
+
+
+def test_a_config_beside_the_file_or_passed_counts_before_the_tensors(tmp_path: Path, vae: AutoencoderKL) -> None:
     folder = save_autoencoder(build(layers_per_block=2, scaling_factor=0.5, sample_size=64), tmp_path / "vae")
     path = write(tmp_path / "x.safetensors", to_ldm(stored(vae)))
     for arguments in ({"config": folder}, {"config": folder / "config.json"}):

@@ -499,7 +499,7 @@ def test_a_repository_without_a_vae_and_an_unknown_one_are_explained(hub: type[H
     fill_cache(tmp_path / "cache", hub.folder)
     message = error_of("org/name", MissingWeightsError, local_files_only=True)
     assert "there, but not with a whole VAE of this revision" in message
-    assert "not asked: local_files_only is set" in message
+    assert "not asked: only what is on this machine was wanted (local_files_only)" in message
 
 
 @pytest.mark.parametrize(

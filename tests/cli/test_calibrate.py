@@ -73,19 +73,22 @@ def test_json_is_one_object_with_the_documented_keys(make_vae: MakeVae, images: 
 
 def test_write_sets_the_scale_once_and_says_what_that_means(make_vae: MakeVae, images: Path) -> None:
     vae = make_vae()
-    first = sdvae("calibrate", vae, images, "--write", "--shift", "--per-channel")
+    first = sdvae("calibrate", vae, images, "--write", "--per-channel")
     assert first.exit_code == 0, first.output
     config = json.loads((vae / "config.json").read_text())
     assert f"scaling_factor: 0.18215 -> {config['scaling_factor']}\n" in first.stdout
     assert f"latents_std: None -> {config['latents_std']}\n" in first.stdout
     assert "digest changes" in first.stdout and "previous" in first.stdout
     stored = (vae / "config.json").read_bytes()
-    again = sdvae("calibrate", vae, images, "--write", "--shift", "--per-channel")
+    again = sdvae("calibrate", vae, images, "--write", "--per-channel")
     assert f"Unchanged: {vae}/config.json" in again.stdout and "digest" not in again.stdout
     assert (vae / "config.json").read_bytes() == stored
-    written = json_of(sdvae("calibrate", vae, images, "--write", "--shift", "--per-channel", "--json"))["written"]
+    written = json_of(sdvae("calibrate", vae, images, "--write", "--per-channel", "--json"))["written"]
     assert written["changed"] is False and written["before"] == written["after"]
-    assert written["after"]["shift_factor"] == config["shift_factor"]
+    assert written["after"]["latents_mean"] == config["latents_mean"]
+    both = sdvae("calibrate", vae, images, "--write", "--shift", "--per-channel")
+    assert both.exit_code == 2 and "two centres" in both.stderr
+    assert (vae / "config.json").read_bytes() == stored
 
 
 def test_a_dry_run_says_what_would_happen_and_does_nothing(make_vae: MakeVae, images: Path) -> None:

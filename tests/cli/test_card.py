@@ -73,6 +73,9 @@ def test_json_names_what_is_missing(make_vae: MakeVae) -> None:
     result = sdvae("card", vae)
     assert "Missing: quality: not measured\n" in result.stderr
     assert json_of(sdvae("card", vae, "--json"))["status"] == "up to date"
+    nameless = sdvae("push", vae, "me/fine", "--dry-run")
+    assert nameless.exit_code == 2 and f"sdvae card {vae} --repo me/fine" in nameless.stderr
+    assert sdvae("card", vae, "--repo", "me/fine").exit_code == 0
     pushed = json_of(sdvae("push", vae, "me/fine", "--dry-run", "--json"))
     assert pushed.keys() == {
         "command", "dry_run", "folder", "repo", "vae_digest", "files", "not_uploaded", "url",

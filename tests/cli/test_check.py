@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.data.images import image_to_x, read_image
+from sdvae.evaluation import fix_fp16 as fixing
 from sdvae.model.autoencoder import AutoencoderKL
 
 SMALL = ("--size", "32", "--limit", "2", "--probe-size", "32")
@@ -124,8 +126,12 @@ def test_fix_fp16_writes_a_vae_that_stock_diffusers_runs_in_float16(overflowing:
     result = sdvae("fix-fp16", overflowing, tmp_path / "fixed", *SMALL)
     assert result.exit_code == 0, result.output
     assert "decoder: scaled by 2^-" in result.stdout and "encoder.mid_block.resnets.0: scaled by 2^-" in result.stdout
-    assert "NaN" in result.stdout and "Function in fp32: encoder changed by" in result.stdout
+    assert "NaN" in result.stdout
     assert result.stdout.endswith(f"Written to {tmp_path}/fixed; force_upcast is false now.\n")
+
+    epsilon = json_of(sdvae("fix-fp16", overflowing, tmp_path / "x", *SMALL, "--json", "--dry-run"))["epsilon"]
+    assert 0 < epsilon["effect"] < 1 and epsilon["norm"].startswith("decoder.")
+    assert f"; through epsilon by at most {epsilon['effect']:.2g} in {epsilon['norm']}\n" in result.stdout
 
     photo = Path(__file__).parents[2] / "sdvae/assets/photos/cat.jpg"
     x = image_to_x(read_image(photo).pixels[100:164, 100:164])[None]
@@ -142,6 +148,21 @@ def test_fix_fp16_writes_a_vae_that_stock_diffusers_runs_in_float16(overflowing:
     notes = json.loads((tmp_path / "fixed/config.json").read_text())["_sdvae"]
     assert notes["rewrites"][0].startswith("fix-fp16: decoder 2^-")
     assert sdvae("check", tmp_path / "fixed", *SMALL, "--fail-if-unsafe", "fp16").exit_code == 0
+
+
+def test_fix_fp16_says_how_much_the_function_changes_in_each_part_and_through_epsilon(
+    overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"encoder_change": 2e-5, "decoder_change": 3e-6, "epsilon_norm": "decoder.n", "epsilon_effect": 2e-4}
+    # powers of two change this VAE by nothing at all
+    monkeypatch.setattr(
+        fixing, "fix_fp16", lambda *args, real=fixing.fix_fp16, **kw: replace(real(*args, **kw), **changes)
+    )
+    lines = sdvae("fix-fp16", overflowing, tmp_path / "fixed", *SMALL, "--dry-run").stdout.splitlines()
+    assert lines[-3] == (
+        "Function in fp32: encoder changed by 2e-05, decoder by 3e-06 of its output's range; "
+        "through epsilon by at most 0.0002 in decoder.n"
+    )
 
 
 def test_fix_fp16_reports_as_json_and_a_dry_run_writes_nothing(overflowing: Path, tmp_path: Path) -> None:

@@ -105,6 +105,38 @@ def test_a_dry_run_prints_the_plan_that_the_run_then_follows_and_writes_nothing(
     assert json_of(sdvae(*arguments, "--dry-run", "--json"))["counts"]["skip"] == 2
 
 
+def test_a_dry_run_for_kohya_refuses_what_the_run_refuses(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    images = make_images(tmp_path / "images", {"good.png": (64, 64), "odd.png": (101, 67)})
+    arguments = ("encode", images, tmp_path / "out", "--vae", vae_path, "--format", "kohya-npz")
+    planned, done = (json_of(sdvae(*arguments, *more, "--json")) for more in (["--dry-run"], []))
+    assert planned["counts"] == {"total": 2, "run": 1, "skip": 0, "fail": 1}
+    (refused,) = (item for item in planned["items"] if item["action"] == "fail")
+    assert "101 x 67 px" in refused["reason"] and "--crop center" in refused["reason"]
+    assert [(failure["key"], failure["reason"]) for failure in done["failures"]] == [("odd.png", refused["reason"])]
+    assert [sdvae(*arguments, *more).exit_code for more in (["--dry-run"], [])] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "format"),
+    [
+        (["--shard-size", "1000"], "safetensors"),
+        (["--shard-size", "10"], "kohya-npz"),
+        (["--kohya-suffix", "sd"], "safetensors"),
+        (["--kohya-suffix", "sdxl"], "parquet"),
+        (["--flip"], "webdataset"),
+    ],
+)
+def test_an_option_of_another_format_is_refused(
+    images: Path, tmp_path: Path, vae_path: Path, given: list[str], format: str
+) -> None:
+    result = sdvae("encode", images, tmp_path / "latents", "--vae", vae_path, "--format", format, *given)
+    name = given[0].removeprefix("--").replace("-", "_")
+    assert result.exit_code == 2 and f"{name} is given, but the format {format} has no place for it" in result.stderr
+    assert not (tmp_path / "latents").exists()
+
+
 def test_without_a_vae_the_bundled_one_is_announced(images: Path, tmp_path: Path) -> None:
     result = sdvae("encode", images, tmp_path / "latents")
     assert result.stderr == "No --vae given: using the bundled sdvae-mini.\n"

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
+from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.store import load_autoencoder
+from sdvae.cli.convert import convert_command
 from sdvae.cli.main import cli
+from sdvae.model.autoencoder import AutoencoderKL
 
 KEYS = {
     "command", "status", "source", "source_kind", "source_evidence", "source_digest", "source_dtypes", "remarks",
@@ -83,6 +88,29 @@ def test_a_dry_run_writes_nothing(vae_path: Path, tmp_path: Path) -> None:
     data = json_of(sdvae(vae_path, tmp_path / "a", "--dry-run", "--json"))
     assert (data["status"], data["dry_run"], data["verification"]) == ("new", True, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_guessed_scale_is_warned_of_and_not_folded(tmp_path: Path) -> None:
+    widths = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    bare = tmp_path / "bare.safetensors"
+    save_file(to_ldm(AutoencoderKL(**widths, block_out_channels=(32,)).state_dict()), bare)
+    refused = sdvae(bare, tmp_path / "a.safetensors", "--to", "ldm", "--fold-scale", 0.13025)
+    assert refused.exit_code == 1 and not (tmp_path / "a.safetensors").exists()
+    assert "--scaling-factor 0.18215 or --scaling-factor 0.13025" in refused.stderr
+    plain = sdvae(bare, tmp_path / "a.safetensors", "--to", "ldm")
+    assert plain.exit_code == 0 and "Warning: scaling_factor 0.18215 is assumed" in plain.stderr
+    assert "Note: scaling_factor assumed to be 0.18215" in plain.stderr
+
+
+def test_the_first_commands_of_the_documentation_can_be_pasted(vae_path: Path) -> None:
+    block = (Path(__file__).parents[2] / "docs/convert.md").read_text().split("```")[1]
+    lines = block.strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        program, name, *arguments = shlex.split(line, comments=True)
+        assert (program, name) == ("sdvae", "convert")
+        with convert_command.make_context(name, arguments) as context:
+            assert context.params["src"] and context.params["dst"]
 
 
 def test_wrong_usage_is_2_and_a_source_that_is_none_is_1(vae_path: Path, tmp_path: Path) -> None:

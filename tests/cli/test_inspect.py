@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from sdvae.checkpoints.convert import convert
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli
@@ -146,6 +147,51 @@ def test_notes_and_fields_of_a_header_are_shown(tmp_path: Path, folder: Path, te
     assert data["notes"] == notes and data["digest"] == described(folder)["digest"]
     text = sdvae("inspect", path).stdout
     assert "  license: mit\n" in text
+
+
+@pytest.mark.parametrize("beside", [{"scaling_factor": 0.9}, {"_class_name": "AutoencoderTiny"}, None])
+def test_a_header_of_ours_counts_and_is_named_whatever_lies_beside_it(
+    tmp_path: Path, folder: Path, beside: dict[str, Any] | None
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    convert(folder, path, to="ldm")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text("{" if beside is None else json.dumps(config | beside))
+    data = described(path)
+    assert (data["loads"], data["class_name"], data["config_path"]) == (True, "AutoencoderKL", None)
+    assert (data["scale"]["scaling_factor"], data["scale"]["from"]) == (0.31, "the file's header")
+    assert data["digest"] == described(folder)["digest"]
+    assert [file["name"] for file in data["files"]] == ["mine.safetensors"]
+    assert "scale: scaling_factor 0.31, shift_factor 0.1 (the file's header)\n" in sdvae("inspect", path).stdout
+
+
+@pytest.mark.parametrize(("name", "options"), [("mine.safetensors", {"to": "ldm"}), ("mine", {})])
+def test_a_scale_that_was_assumed_is_not_shown_as_a_fact_after_a_conversion(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], name: str, options: dict[str, Any]
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in to_ldm(tensors).items()}, bare)
+    convert(bare, tmp_path / name, **options)
+    data = described(tmp_path / name)
+    assert (data["scale"]["scaling_factor"], data["scale"]["from"]) == (0.18215, "assumed, see remarks")
+    assert any("was assumed" in remark for remark in data["remarks"])
+    assert data["notes"]["assumed"] == ["scaling_factor"]
+    convert(bare, tmp_path / name, scaling_factor=0.13025, overwrite=True, **options)
+    data = described(tmp_path / name)
+    assert data["scale"]["scaling_factor"] == 0.13025 and not data["scale"]["from"].startswith("assumed")
+    assert data["remarks"] == [] and "assumed" not in data["notes"]
+
+
+@pytest.mark.parametrize("family", ["SDXL", None])
+def test_a_scale_that_other_tensors_show_is_not_called_assumed(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], family: str | None
+) -> None:
+    named = {f"first_stage_model.{key}": tensor.contiguous() for key, tensor in to_ldm(tensors).items()}
+    others = ["model.diffusion_model.input_blocks.0.0.weight", *(["conditioner.embedders.0.a"] if family else [])]
+    save_file(named | {name: torch.zeros(1) for name in others}, tmp_path / "whole.safetensors")
+    scale = described(tmp_path / "whole.safetensors")["scale"]
+    expected = (0.13025, "the file's other tensors") if family else (0.18215, "assumed, see remarks")
+    assert (scale["scaling_factor"], scale["from"]) == expected
 
 
 def test_weights_of_two_types_are_counted_by_type(tmp_path: Path, folder: Path) -> None:

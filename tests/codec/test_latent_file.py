@@ -95,6 +95,57 @@ def test_latents_are_shifted_and_scaled_and_z_is_not() -> None:
     assert torch.equal(file.latents(), (file.tensors["mean"] - 0.25) * 0.5)
 
 
+STATISTICS = {"latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (2.0, 0.5, 1.0, 4.0)}
+
+
+def vae_with(**changes: object) -> VaeRecord:
+    return replace(header().vae, **changes)  # type: ignore[arg-type]
+
+
+def test_latents_of_a_vae_with_statistics_are_those_of_sdxl_pipelines(tmp_path: Path) -> None:
+    latent_file(vae=vae_with(**STATISTICS)).write(tmp_path / "a.safetensors")
+    file = LatentFile.read(tmp_path / "a.safetensors")
+    assert (file.header.vae.latents_mean, file.header.vae.latents_std) == tuple(STATISTICS.values())
+    # as StableDiffusionXLImg2ImgPipeline.prepare_latents writes it, with a batch dimension; shift_factor is not read
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in STATISTICS.values())
+    expected = (file.z()[None] - mean) * 0.5 / std
+    torch.testing.assert_close(file.latents()[None], expected, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", STATISTICS)
+def test_one_of_the_statistics_alone_does_not_count(given: str) -> None:
+    file = latent_file(vae=vae_with(**{given: STATISTICS[given]}))
+    assert torch.equal(file.latents(), (file.z() - 0.25) * 0.5)
+
+
+def test_statistics_for_another_number_of_channels_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    latent_file(vae=vae_with(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)).write(path)
+    with pytest.raises(LatentFileError, match=r"a.safetensors: .*4 channels, but vae.latents_mean has 16 values"):
+        LatentFile.read(path)
+
+
+OLD_HEADER = """{"format_version": 1, "space": "moments", "store": "moments", "latent_dtype": "float32", "seed": null,
+"source": {"key": "sub/a.jpg", "digest": "sha256:00", "size_bytes": 9, "mtime_ns": 1795363908741071399, "width": 101,
+"height": 67}, "image": {"width": 20, "height": 13}, "padding": {"top": 0, "left": 0, "bottom": 3, "right": 4},
+"preprocessing": {"version": 1, "background": "white", "size": 13, "crop": "none", "digest":
+"sha256:06ade8f1"}, "vae": {"name": "my-vae", "digest": "sha256:11", "dtype": "float32",
+"spatial_compression_ratio": 8, "scaling_factor": 0.5, "shift_factor": 0.25}, "notes": ["animated: first of 6 frames"],
+"sdvae_version": "0.1.0"}"""
+# What the marks of decoded images hold.
+OLD_DIGEST = "sha256:cad1df752daf7d17ab64ff197d46bc25a3a092d17f38a1c1f67de5ceb73e9a0d"
+
+
+def test_a_file_of_before_the_statistics_reads_as_one_without_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = dict(latent_file().tensors)
+    save_file(tensors, path, metadata={"format": "sdvae-latent", "sdvae": OLD_HEADER})
+    file = LatentFile.read(path)
+    assert file.header == header() and file.header.vae.latents_mean is None and file.header.vae.latents_std is None
+    assert torch.equal(file.latents(), (tensors["mean"] - 0.25) * 0.5)
+    assert file.header.latent_digest == OLD_DIGEST
+
+
 def test_a_draw_has_the_mean_and_the_spread_of_the_posterior() -> None:
     file = LatentFile(
         header=header(), tensors={"mean": torch.full((4, 2, 3), 3.0), "logvar": torch.full((4, 2, 3), -2.0)}

@@ -16,7 +16,7 @@ from sdvae.codec import cache_writer
 from sdvae.codec.cache_files import find_cache_files
 from sdvae.codec.cache_formats import read_items
 from sdvae.codec.manifest import Manifest, manifest_format, read_manifest, write_manifest
-from sdvae.codec.options import CACHE_FORMATS
+from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.errors import ConfigError, LatentFileError
 
@@ -24,6 +24,10 @@ MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 
 SIZES = {"a.png": (64, 64), "b.jpg": (72, 64), "sub/c.png": (64, 128)}
 each_format = pytest.mark.parametrize("format", CACHE_FORMATS)
+
+
+def two_to_a_shard(format: str) -> dict[str, Any]:
+    return {"format": format, "shard_size": 2 if format in SHARDED_FORMATS else None}
 
 
 def check(out: Path, format: str, num_items: int) -> Manifest:
@@ -48,7 +52,7 @@ def test_the_manifest_lists_every_latent_with_its_digest(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
-    report = encode_folder(images, tmp_path / "out", vae=vae_path, format=format, shard_size=2, store="mode")
+    report = encode_folder(images, tmp_path / "out", vae=vae_path, store="mode", **two_to_a_shard(format))
     assert report.manifest == str(tmp_path / "out/manifest.jsonl")
     check(tmp_path / "out", format, 3)
     lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
@@ -72,16 +76,16 @@ def test_runs_over_different_images_are_listed_together(
 ) -> None:
     one, out = make_images(tmp_path / "one", SIZES), tmp_path / "out"
     two = make_images(tmp_path / "two", {"x.png": (64, 64), "y.png": (64, 64)})
-    encode_folder(one, out, vae=vae_path, format=format, shard_size=2)
-    encode_folder(two, out, vae=vae_path, format=format, shard_size=2)
+    encode_folder(one, out, vae=vae_path, **two_to_a_shard(format))
+    encode_folder(two, out, vae=vae_path, **two_to_a_shard(format))
     check(out, format, 5)
     make_images(one, {"a.png": (128, 64)})
-    encode_folder(one, out, vae=vae_path, format=format, shard_size=2)
+    encode_folder(one, out, vae=vae_path, **two_to_a_shard(format))
     manifest = check(out, format, 5)
     assert len({item.key for file in manifest.files for item in file.items}) == 5
     for path in find_cache_files(out, format)[:1]:
         path.unlink()
-    encode_folder(two, out, vae=vae_path, format=format, shard_size=2)
+    encode_folder(two, out, vae=vae_path, **two_to_a_shard(format))
     check(out, format, read_manifest(out).num_items)
 
 
@@ -129,6 +133,27 @@ def test_latents_of_two_vaes_in_one_folder_have_their_settings_each(
     encode_folder(images, out, vae=renamed)
     manifest = check(out, "safetensors", 2)
     assert len(manifest.settings) == 1 and manifest.common("vae") is not None
+
+
+def test_a_manifest_of_before_the_statistics_of_the_vae_is_read_and_brought_up_to_date(
+    tmp_path: Path, make_images: MakeImages, make_vae: Callable[..., Path], vae_path: Path
+) -> None:
+    images, out = make_images(tmp_path / "images", {"a.png": (16, 16)}), tmp_path / "out"
+    with_statistics = make_vae(latents_mean=(0.5, -0.25, 0.0, 1.0), latents_std=(2.0, 0.5, 1.0, 4.0))
+    for vae, mean in ((vae_path, None), (with_statistics, (0.5, -0.25, 0.0, 1.0))):
+        encode_folder(images, out, vae=vae)
+        path = out / "manifest.jsonl"
+        text = path.read_text()
+        assert read_manifest(out).common("vae").latents_mean == mean
+        header, *files = text.splitlines()
+        old = json.loads(header)
+        for record in (old["vae"], old["settings"][0]["vae"]):
+            del record["latents_mean"], record["latents_std"]
+        path.write_text("\n".join([json.dumps(old), *files, ""]))
+        assert read_manifest(out).common("vae").latents_mean is None
+        encode_folder(images, out, vae=vae, overwrite=True)
+        check(out, "safetensors", 1)
+        assert read_manifest(out).common("vae").latents_mean == mean
 
 
 def test_until_a_run_is_done_what_it_replaces_is_not_listed(

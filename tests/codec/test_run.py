@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
+from sdvae.checkpoints.rewrite import latents_affine
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.codec.decoded_image import read_mark
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import read_header
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder
+from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder, read_pixels
 from sdvae.data.images import image_to_x, read_image, x_to_image
-from sdvae.errors import ConfigError, LatentFileError, SdvaeError
+from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
 from sdvae.model.autoencoder import AutoencoderKL
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -306,6 +309,93 @@ def test_options_that_change_the_latents_make_them_stale(
     assert EncodeRun(images, tmp_path / "latents", vae_path, EncodeOptions(**changes)).plan.jobs == ()  # type: ignore[arg-type]
 
 
+def test_latents_and_their_files_have_the_statistics_of_the_vae(
+    tmp_path: Path, make_images: MakeImages, make_vae: Callable[..., Path]
+) -> None:
+    images = make_images(tmp_path / "images", {"a.png": (24, 24)})
+    mean, std = (0.5, -1.0, 0.0, 2.0), (2.0, 0.5, 1.0, 4.0)
+    vae = make_vae(scaling_factor=0.5, latents_mean=mean, latents_std=std)
+    encode_folder(images, tmp_path / "latents", vae=vae)
+    path = tmp_path / "latents/a.png.safetensors"
+    file = LatentFile.read(path)
+    assert (file.header.vae.latents_mean, file.header.vae.latents_std) == (mean, std)
+    z, affine = file.z(), latents_affine(load_autoencoder(vae).config, 4)
+    torch.testing.assert_close(file.latents().double(), (z - affine[0].view(4, 1, 1)) * affine[1].view(4, 1, 1))
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae)
+
+    # a file of before the statistics were recorded is done again, for its latents would come out wrong
+    old = replace(file.header, vae=replace(file.header.vae, latents_mean=None, latents_std=None))
+    LatentFile(header=old, tensors=file.tensors).write(path)
+    (item,) = EncodeRun(images, tmp_path / "latents", vae).plan.items
+    assert item.reason == "stale: written without the VAE's latents_mean and latents_std"
+    assert decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae).skipped == 1  # z and its image are as before
+    assert encode_folder(images, tmp_path / "latents", vae=vae).done == 1
+    assert LatentFile.read(path).header == file.header
+
+
+def test_statistics_for_another_number_of_channels_are_refused(
+    tmp_path: Path, make_images: MakeImages, make_vae: Callable[..., Path]
+) -> None:
+    images = make_images(tmp_path / "images", {"a.png": (24, 24)})
+    with pytest.raises(CheckpointError, match="latents_std has 3 values; expected 4"):
+        encode_folder(images, tmp_path / "latents", vae=make_vae(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 3))
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize("size", [None, 64, 60])
+def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, size: int | None
+) -> None:
+    sizes = {f"{width}x{height}.png": (width, height) for width in (64, 68, 96) for height in (64, 70, 97)}
+    images = make_images(tmp_path / "images", sizes)
+    turned = Image.Exif()
+    turned[274] = 6  # lies on its side
+    with Image.open(images / "96x64.png") as image:
+        image.save(images / "turned.jpg", exif=turned)
+    options = EncodeOptions(format="kohya-npz", size=size)
+    run = EncodeRun(images, tmp_path / "out", vae_path, options)
+    encoded_at = {path.name: read_pixels(path, options).pixels.shape[:2] for path in images.iterdir()}
+    expected = {name for name, (height, width) in encoded_at.items() if width % 8 or height % 8}
+    planned = {item.key: item.reason for item in run.plan.failures}
+    assert planned.keys() == expected
+    for name, reason in planned.items():
+        height, width = encoded_at[name] if name != "turned.jpg" else encoded_at[name][::-1]  # as stored, like its name
+        assert reason.startswith(f"would be encoded at {width} x {height} px, but kohya's buckets")
+    report = run.run()
+    assert {failure.key: failure.reason for failure in report.failures} == planned
+    assert report.done == 10 - len(expected) and (size == 60) == (report.done == 0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fields", "named", "unnamed"),
+    [
+        ("sd", {"scaling_factor": 0.18215, "shift_factor": 0.1}, ["shift_factor 0.1"], ["scaling_factor"]),
+        ("sd", {"scaling_factor": 0.5}, ["scaling_factor 0.5"], ["shift_factor", "latents_mean"]),
+        ("sdxl", {"scaling_factor": 0.5, "shift_factor": 0.1}, ["scaling_factor 0.5 and shift_factor 0.1"], []),
+        (
+            "sdxl",
+            {"scaling_factor": 0.13025, "latents_mean": (0.1,) * 4, "latents_std": (2.0,) * 4},
+            ["latents_mean and latents_std"],
+            ["scaling_factor", "shift_factor"],
+        ),
+    ],
+)
+def test_the_warning_for_kohya_names_what_its_trainers_leave_out(
+    tmp_path: Path,
+    make_images: MakeImages,
+    make_vae: Callable[..., Path],
+    suffix: str,
+    fields: dict[str, object],
+    named: list[str],
+    unnamed: list[str],
+) -> None:
+    images = make_images(tmp_path / "images", {"a.png": (16, 16)})
+    out, vae = tmp_path / "out", make_vae(**fields)
+    (warning,) = encode_folder(images, out, vae=vae, format="kohya-npz", kohya_suffix=suffix).warnings
+    assert all(word in warning for word in named) and not any(word in warning for word in unnamed)
+    assert f"--fold-scale {0.18215 if suffix == 'sd' else 0.13025}" in warning
+
+
 def test_a_changed_source_and_another_vae_make_latents_and_images_stale(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, other_vae_path: Path
 ) -> None:
@@ -459,6 +549,11 @@ def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_done(
         ({"size": 0}, "size is 0; expected 1 or more"),
         ({"background": "blurple"}, "background is 'blurple'"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"shard_size": 10}, "shard_size is given, but the format safetensors .*; webdataset and parquet have"),
+        ({"shard_size": 1000, "format": "kohya-npz"}, "shard_size is given, but the format kohya-npz"),
+        ({"shard_size": 0, "format": "parquet"}, "shard_size is 0"),
+        ({"kohya_suffix": "sd"}, "kohya_suffix is given, but the format safetensors .*; kohya-npz has"),
+        ({"kohya_suffix": "sd3", "format": "kohya-npz"}, "kohya_suffix is 'sd3'; expected one of sd, sdxl"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, object], reason: str) -> None:

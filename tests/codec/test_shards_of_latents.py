@@ -117,6 +117,43 @@ def test_datasets_and_pyarrow_load_the_very_tensors_of_the_default_format(
         )
 
 
+@pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
+def test_datasets_loads_the_webdataset_shards_too(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, latent_dtype: str
+) -> None:
+    import datasets
+
+    images, out = make_images(tmp_path / "images", SIZES), tmp_path / "shards"
+    options: dict[str, Any] = {"vae": vae_path, "latent_dtype": latent_dtype, "batch_size": 1}
+    encode_folder(images, tmp_path / "plain", **options)
+    encode_folder(images, out, format="webdataset", shard_size=4, **options)
+    loaded = datasets.load_dataset(
+        "webdataset", data_files=f"{out}/*.tar", split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert [unquote(key) for key in loaded["__key__"]] == sorted(SIZES)
+    for row in loaded.with_format("numpy"):
+        plain = LatentFile.read(tmp_path / "plain" / f"{unquote(row['__key__'])}.safetensors")
+        assert row["json"]["source"]["width"] == plain.header.source.width
+        for name, tensor in plain.tensors.items():
+            assert np.array_equal(row[f"{name}.npy"], tensor.numpy())
+
+
+def test_pandas_loads_the_parquet_shards(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+    import pandas  # type: ignore[import-untyped]
+
+    images, out = make_images(tmp_path / "images", SIZES), tmp_path / "shards"
+    encode_folder(images, tmp_path / "plain", vae=vae_path, batch_size=1)
+    encode_folder(images, out, vae=vae_path, batch_size=1, format="parquet", shard_size=4)
+    frame = pandas.read_parquet(out / "part-000000.parquet").set_index("key")
+    assert list(frame.index) == sorted(SIZES)[:4]
+    for key, row in frame.iterrows():
+        plain = LatentFile.read(tmp_path / "plain" / f"{key}.safetensors")
+        for name, tensor in plain.tensors.items():
+            assert row[name].dtype == np.float16
+            assert np.array_equal(row[name].reshape(row["shape"]), tensor.numpy())
+        assert (row["source_width"], row["source_height"]) == SIZES[str(key)]
+
+
 @sharded
 def test_the_shards_read_back_as_the_default_format_does(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
@@ -435,6 +472,27 @@ def test_damage_in_a_tar_is_named(
     rewrite_tar(out / "shard-000000.tar", change)
     with pytest.raises(LatentFileError, match=f"shard-000000.tar: .*{reason}"):
         list(read_items(out / "shard-000000.tar", "webdataset"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("scaling_factor", 0.5), ("key", "other.png"), ("shift_factor", None)])
+def test_a_column_that_contradicts_its_header_is_named(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, name: str, value: Any
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
+    encode_folder(images, out, vae=vae_path, format="parquet")
+    (path,) = find_cache_files(out, "parquet")
+    table = pq.ParquetFile(path).read()
+    place = table.schema.get_field_index(name)
+    column = pa.array([table[name][0].as_py(), value], table.schema.field(name).type)
+    pq.write_table(table.set_column(place, table.schema.field(name), column), path)
+    with pytest.raises(LatentFileError, match=f"row of '1.png': the column {name} has {value!r}; its header says"):
+        list(read_items(path, "parquet"))
+    pq.write_table(table.drop_columns([name]), path)
+    with pytest.raises(LatentFileError, match=f"the column {name} is missing"):
+        list(read_items(path, "parquet"))
 
 
 @sharded

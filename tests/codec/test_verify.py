@@ -20,6 +20,7 @@ from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.codec.cache_formats import encode_file, read_items
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.manifest import MANIFEST_NAME
+from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
@@ -44,7 +45,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Pat
     """A cache of each format; shards of two images."""
     out = tmp_path_factory.mktemp("caches")
     for format in FORMATS:
-        encode_folder(images, out / format, vae=vae_path, format=format, shard_size=2)
+        options: dict[str, Any] = {"shard_size": 2} if format in SHARDED_FORMATS else {}
+        encode_folder(images, out / format, vae=vae_path, format=format, **options)
     return {format: out / format for format in FORMATS}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.data.images import image_to_x
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.evaluation.audit import LIMITS, Audit, LayerPeak, NormInput, Probe, audit, headroom_bits, repair_of
+from sdvae.evaluation.activations import LayerPeak, NormInput
+from sdvae.evaluation.audit import Audit, audit
+from sdvae.evaluation.precision_probe import Probe
 from sdvae.evaluation.subject import Subject, open_subject
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -195,6 +196,8 @@ def test_the_probe_measures_the_error_of_each_type(model: AutoencoderKL, found: 
     assert half.z_error is not None and brain.z_error is not None and half.z_error < brain.z_error / 3
     assert half.psnr_against_fp32 is not None and brain.psnr_against_fp32 is not None
     assert half.psnr_against_fp32 > brain.psnr_against_fp32 > 30
+    for probe in (half, brain):
+        assert f"{probe.psnr_against_fp32:.1f} dB against float32" in found.verdict(probe.dtype).sentence
 
 
 def test_float32_that_is_not_finite_is_an_error_that_names_the_first_layer(tiny_vae: AutoencoderKL) -> None:
@@ -228,7 +231,7 @@ def test_other_classes_of_diffusers_are_measured_and_not_promised_a_repair() -> 
     assert found.force_upcast in (None, False) and found.norms == () and found.logits == {}
 
 
-# --------------------------------------------------------------------------------------------------- verdicts in words
+# ---------------------------------------------------------------------------------------- what follows from it
 
 
 def made(peaks: dict[str, float], probe: Probe | None = None, upcast: bool | None = None, **more: Any) -> Audit:
@@ -247,26 +250,6 @@ def made(peaks: dict[str, float], probe: Probe | None = None, upcast: bool | Non
 
 
 GOOD = Probe(dtype="float16", size_px=64, num_images=1, z_error=1e-3, max_difference=1e-2, psnr_against_fp32=60.0)
-LIMIT = LIMITS["float16"]
-
-
-@pytest.mark.parametrize(
-    ("peaks", "probe", "level", "words"),
-    [
-        ({"encoder.conv_in": LIMIT / 8}, GOOD, "safe", "fp16: safe, 3.0 bits of headroom at encoder.conv_in (peak"),
-        ({"encoder.conv_in": LIMIT / 2.01}, GOOD, "safe", "60.0 dB against float32"),
-        ({"encoder.conv_in": LIMIT / 1.99}, GOOD, "at risk", "another image may overflow; `sdvae fix-fp16` can"),
-        ({"encoder.conv_in": LIMIT}, GOOD, "at risk", "0.0 bits"),
-        ({"encoder.conv_in": 7e4, "encoder.mid_block.resnets.0": 9e4}, GOOD, "overflows", "at encoder.conv_in (peak"),
-        ({"decoder.conv_in": 7e4, "decoder.conv_out": 7e4}, GOOD, "overflows", "cannot repair decoder.conv_out"),
-        ({"decoder.conv_in": 1.0}, replace(GOOD, not_finite=("x.y",)), "overflows", "gives infinity or NaN at x.y"),
-        ({"decoder.conv_in": 1.0}, replace(GOOD, psnr_against_fp32=30.0), "imprecise", "30.0 dB"),
-        ({"decoder.conv_in": 1.0}, replace(GOOD, error="no kernel"), "safe", "not tried: no kernel"),
-    ],
-)
-def test_the_verdict_says_how_much_room_there_is(peaks: dict[str, float], probe: Probe, level: str, words: str) -> None:
-    verdict = made(peaks, probe).verdict("float16")
-    assert verdict.level == level and words in verdict.sentence
 
 
 @pytest.mark.parametrize(
@@ -288,36 +271,6 @@ def test_force_upcast_is_held_against_the_verdict(peak: float, upcast: bool | No
 def test_logits_beyond_the_limit_are_a_hazard() -> None:
     assert made({"decoder.conv_in": 1.0}, logits={"a": 6e4}).hazards == []
     assert "a: attention logits reach 7e+04" in made({"decoder.conv_in": 1.0}, logits={"a": 7e4}).hazards[0]
-
-
-def test_headroom_counts_doublings() -> None:
-    assert headroom_bits(LIMIT, "float16") == 0 and headroom_bits(LIMIT / 4, "float16") == 2
-    assert headroom_bits(1.0, "bfloat16") == pytest.approx(128, abs=0.01)
-    assert math.isfinite(headroom_bits(0.0, "float16"))
-
-
-@pytest.mark.parametrize(
-    ("name", "repair"),
-    [
-        ("encoder.conv_in", "stream"),
-        ("encoder.down_blocks.0.downsamplers.0.conv", "stream"),
-        ("decoder.up_blocks.2.resnets.1", "stream"),
-        ("decoder.up_blocks.2.resnets.1.conv2", "stream"),
-        ("decoder.up_blocks.2.resnets.1.conv_shortcut", "stream"),
-        ("decoder.mid_block.attentions.0", "stream"),
-        ("decoder.mid_block.attentions.0.to_out.0", "stream"),
-        ("decoder.up_blocks.2.resnets.1.conv1", "block"),
-        ("decoder.mid_block.attentions.0.to_v", "block"),
-        ("decoder.mid_block.attentions.0.to_q", "block"),
-        ("decoder.up_blocks.2.resnets.1.norm1", None),
-        ("decoder.mid_block.attentions.0.group_norm", None),
-        ("decoder.conv_norm_out", None),
-        ("decoder.conv_out", None),
-        ("quant_conv", None),
-    ],
-)
-def test_what_a_power_of_two_makes_smaller(name: str, repair: str | None) -> None:
-    assert repair_of(name) == repair
 
 
 def test_the_json_holds_all_and_no_infinity(found: Audit, tiny_vae: AutoencoderKL) -> None:

@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sdvae.evaluation.audit import Audit, LayerPeak
+from sdvae.evaluation.activations import LayerPeak
+from sdvae.evaluation.audit import Audit
 from sdvae.evaluation.audit_chart import audit_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
