@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae.checkpoints.convert_options import LDM_SCALING_FACTOR, ConvertOptions
 from sdvae.checkpoints.convert_place import Place
 from sdvae.checkpoints.convert_work import Work, dtype_names, ldm_tensors, prepare
-from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, read_shapes, some
+from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME, read_shapes, some
 from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdicts
 from sdvae.checkpoints.pipeline_folder import read_pipeline
 from sdvae.checkpoints.read import read_checkpoint
@@ -32,7 +32,7 @@ from sdvae.checkpoints.verify_conversion import (
     compare,
     same_bits,
 )
-from sdvae.checkpoints.write import write_diffusers_folder, write_ldm_file
+from sdvae.checkpoints.write import planned_shards, write_diffusers_folder, write_ldm_file
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -214,13 +214,17 @@ def _loaders(work: Work, place: Place) -> tuple[LoaderVerdict, ...]:
     facts = WeightFacts(
         path=str(place.target),
         is_folder=not is_ldm,
-        suffix=".safetensors",
+        suffix=".json" if options.max_shard_size and _is_sharded(work, options.max_shard_size) else ".safetensors",
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         fields=work.fields,
         has_config=not is_ldm,
         variant=options.variant,
     )
     return loader_verdicts(facts)
+
+
+def _is_sharded(work: Work, max_shard_size: str) -> bool:
+    return bool(planned_shards(work.tensors, WEIGHTS_NAME, max_shard_size).is_sharded)
 
 
 def _warnings(work: Work, place: Place) -> tuple[str, ...]:

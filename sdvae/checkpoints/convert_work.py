@@ -25,7 +25,7 @@ from sdvae.checkpoints.verify_conversion import build, full_config
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL
 
-__all__ = ["Work", "dtype_names", "ldm_tensors", "prepare"]
+__all__ = ["public_name", "Work", "dtype_names", "ldm_tensors", "prepare"]
 
 _PHOTOS = Path(__file__).parents[1] / "assets" / "photos"
 _MAX_PHOTOS = 16
@@ -72,7 +72,7 @@ def prepare(src: str | Path | None, chosen: ConvertOptions, pipeline: Pipeline |
         fold = _measured_fold(vae, build(tensors, fields), chosen.images)
     # ONNX models have one type throughout
     tensors = _cast(tensors, source.tensors, chosen.dtype or ("float32" if chosen.to == "onnx" else None))
-    name = _public_name(src)
+    name = public_name(src)
     return Work(
         name=name,
         source=source,
@@ -176,7 +176,7 @@ def _notes(
     return notes | ({"license": chosen.license} if chosen.license else {})
 
 
-def _public_name(src: str | Path | None) -> str:
+def public_name(src: str | Path | None) -> str:
     """What the source is called, without the folders of this machine."""
     if src is None:
         return BUNDLED_NAME

@@ -60,7 +60,9 @@ def check_replaceable(target: Path, *, overwrite: bool, is_ours: Callable[[Path]
     if not names:
         return
     if not overwrite:
-        raise OutputExistsError(f"{target} exists and holds {some(names)}; choose another path, or give --overwrite (overwrite=True)")
+        raise OutputExistsError(
+            f"{target} exists and holds {some(names)}; choose another path, or give --overwrite (overwrite=True)"
+        )
     if reason := is_ours(target):
         raise OutputExistsError(f"{target} would be replaced whole, but {reason}; choose another path")
 

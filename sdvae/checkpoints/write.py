@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape as glob_escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -28,7 +28,10 @@ from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, header_metadata
 from sdvae.errors import CheckpointError
 
-__all__ = ["new_file", "write_diffusers_folder", "write_ldm_file"]
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
+
+__all__ = ["new_file", "planned_shards", "write_diffusers_folder", "write_ldm_file"]
 
 _CLASS_NAME = "AutoencoderKL"
 _LEFTOVER_AGE_S = 3600  # no save takes this long: an unfinished one of this age was killed
@@ -69,16 +72,11 @@ def _write_weights(
     variant: str | None,
     max_shard_size: str | None,
 ) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     name = WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors") if variant else WEIGHTS_NAME
     if max_shard_size is None:
         _save(tensors, folder / name, metadata)
         return
-    pattern = name.replace(".safetensors", "{suffix}.safetensors")
-    # Sizes alone: weights that share memory, as those of a pickle may, would all go into one file.
-    sizes = {tensor: torch.empty_like(value, device="meta") for tensor, value in tensors.items()}
-    split = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
+    split = planned_shards(tensors, name, max_shard_size)
     if not split.is_sharded:
         _save(tensors, folder / name, metadata)
         return
@@ -86,6 +84,16 @@ def _write_weights(
         _save({tensor: tensors[tensor] for tensor in names}, folder / file, {"format": "pt"})
     end = f"index.{variant}.json" if variant else "index.json"
     _write_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, folder / f"{WEIGHTS_NAME}.{end}")
+
+
+def planned_shards(tensors: Mapping[str, Tensor], name: str, max_shard_size: str) -> StateDictSplit:
+    """Which weights go into which file, `name` or several of its kind; nothing is written."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    # Sizes alone: weights that share memory, as those of a pickle may, would all go into one file.
+    sizes = {tensor: torch.empty_like(value, device="meta") for tensor, value in tensors.items()}
+    pattern = name.replace(".safetensors", "{suffix}.safetensors")
+    return split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
 
 
 def write_ldm_file(

@@ -93,6 +93,7 @@ def convert_command(ctx: click.Context, /, src: str, dst: Path, as_json: bool, *
     ctx.exit(report.exit_code)
 
 
+_READERS_OF_FOLDERS = ("diffusers from_pretrained", "SD.Next", "kohya sd-scripts")
 _STATUS = {
     "written": "Written.",
     "up to date": "Up to date: nothing was written.",
@@ -149,8 +150,10 @@ def _print_report(report: ConvertReport, chosen: ConvertOptions) -> None:
 def _print_verification(verification: Verification, chosen: ConvertOptions) -> None:
     names = "; names and shapes are those of the original program" if verification.names_checked else ""
     bits = "equal to the source bit for bit" if verification.identical else "as they were to be written, bit for bit"
-    where = "before the export" if chosen.to == "onnx" else "read back"
-    click.echo(f"verified  {verification.num_tensors} weights {where}: {bits}{names}")
+    if chosen.to == "onnx":  # its proof is the run in onnxruntime, below
+        click.echo(f"verified  {verification.num_tensors} weights as they went into the export: {bits}")
+        return
+    click.echo(f"verified  {verification.num_tensors} weights read back: {bits}{names}")
     rows = [
         (comparison.name, f"{comparison.max_abs_error:.3g}", f"{comparison.rms:.3g}", f"{comparison.tolerance:.2g}")
         for comparison in verification.comparisons
@@ -159,12 +162,15 @@ def _print_verification(verification: Verification, chosen: ConvertOptions) -> N
 
 
 def _print_loaders(report: ConvertReport) -> None:
-    takers = [verdict.loader for verdict in report.loaders if verdict.takes]
+    takers = [verdict for verdict in report.loaders if verdict.takes]
     if report.loaders:
-        click.echo(f"taken by  {_listed(takers) or 'no program known here'}")
+        click.echo(f"taken by  {_listed(verdict.loader for verdict in takers) or 'no program known here'}")
+    others = [verdict.loader for verdict in takers if verdict.fix and "--fold-scale" in verdict.fix]
+    if others:
+        click.echo(f"scale     {_listed(others)} apply that of their own model, not this VAE's: fold it, --fold-scale")
     refusals: dict[str, list[str]] = {}
-    for verdict in report.loaders if report.to == "ldm" else ():  # a folder is for diffusers alone
-        if not verdict.takes:
+    for verdict in report.loaders:
+        if not verdict.takes and (report.to == "ldm" or verdict.loader in _READERS_OF_FOLDERS):
             refusals.setdefault("; ".join(verdict.reasons), []).append(verdict.loader)
     for reasons, names in refusals.items():
         click.echo(shown(f"not by    {_listed(names)}: {reasons}"))

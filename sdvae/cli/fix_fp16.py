@@ -13,6 +13,7 @@ from sdvae.cli.options import json_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.codec.reports import FileReason
+from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdvae.evaluation.audit import Audit
@@ -83,6 +84,8 @@ def fix_fp16_command(
     from sdvae.model.device import choose_device
 
     checkpoint = read_checkpoint(vae)
+    if checkpoint.found.weights.resolve().is_relative_to(dst.resolve()):
+        raise ConfigError(f"{dst} holds the VAE itself: choose another DST")
     failures: list[FileReason] = []
     with progress("read") as on_progress:
         pixels = list(read_pixels(files, size_px, failures, on_progress))

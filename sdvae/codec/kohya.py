@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from sdvae.codec.latent_header import TENSOR_NAMES, LatentHeader, Size, VaeRecord, parse_header
+from sdvae.codec.latent_header import TENSOR_NAMES, LatentHeader, Size, parse_header
 from sdvae.errors import LatentFileError
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "read_all",
     "read_arrays",
     "read_header",
-    "scale_warnings",
     "to_bytes",
     "without_size",
 ]
@@ -83,19 +82,6 @@ def crop_ltrb(encoded: Size, original: Size) -> tuple[float, float, float, float
         width, height = float(encoded.width), encoded.width / ratio
     left, top = (encoded.width - width) // 2, (encoded.height - height) // 2
     return left, top, left + width, top + height
-
-
-def scale_warnings(vae: VaeRecord, suffix: str) -> list[str]:
-    """What to say where the trainers would scale the latents of this VAE wrongly; empty where they do it right."""
-    expected = SCALING_FACTORS[suffix]
-    if vae.scaling_factor == expected and not vae.shift_factor:
-        return []
-    shift = f" and shift_factor {vae.shift_factor}" if vae.shift_factor else ""
-    return [
-        f"kohya's {suffix} trainers multiply every latent by {expected}, but this VAE has scaling_factor "
-        f"{vae.scaling_factor}{shift}: fold the scale first (sdvae convert VAE DST --fold-scale {expected}), and "
-        "encode with the result"
-    ]
 
 
 def to_bytes(header: LatentHeader, arrays: Arrays) -> bytes:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.convert_work import public_name
 from sdvae.checkpoints.fit import build, first_not_finite
+from sdvae.checkpoints.notes import ASSUMED_NOTE
 from sdvae.checkpoints.read import Checkpoint
 from sdvae.checkpoints.streams import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
 from sdvae.data.images import image_to_x
@@ -166,7 +168,7 @@ def _fix(
     return Fix(
         tensors=tensors,
         fields=dict(checkpoint.fields) | upcast,
-        notes=_notes(checkpoint, scale, before.digest),
+        notes=_notes(checkpoint, scale, public_name(before.vae), before.digest),
         scale=scale,
         headroom_bits=headroom_bits,
         before=before,
@@ -271,13 +273,15 @@ def _underflow(tensors: Mapping[str, Tensor]) -> float:
     return count / sum(tensor.numel() for tensor in tensors.values())
 
 
-def _notes(checkpoint: Checkpoint, scale: StreamScale, digest: str) -> dict[str, Any]:
+def _notes(checkpoint: Checkpoint, scale: StreamScale, name: str, digest: str) -> dict[str, Any]:
+    notes = {key: value for key, value in checkpoint.notes.items() if key != "conversion"}
+    notes |= {"source": name, "source_digest": digest}
+    notes |= {ASSUMED_NOTE: list(checkpoint.assumed)} if checkpoint.assumed else {}
     if _is_nothing(scale):
-        return dict(checkpoint.notes)
+        return notes
     networks = {"encoder": scale.encoder, "decoder": scale.decoder, **scale.blocks}
     parts = ", ".join(f"{name} 2^{exponent}" for name, exponent in networks.items() if exponent)
-    rewrites = [*checkpoint.notes.get("rewrites", []), f"fix-fp16: {parts}"]
-    return {"source_digest": digest, **checkpoint.notes, "rewrites": rewrites}
+    return notes | {"rewrites": [*notes.get("rewrites", []), f"fix-fp16: {parts}"]}
 
 
 def _is_nothing(scale: StreamScale) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sdvae.checkpoints import convert as convert_module
 from sdvae.checkpoints import read, write
 from sdvae.checkpoints.convert import convert
+from sdvae.checkpoints.describe import describe_vae
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, from_metadata, update_config
 from sdvae.checkpoints.read import bundled_path, read_checkpoint
@@ -185,6 +186,12 @@ def test_shards_and_their_index_are_those_that_diffusers_writes(source: Path, tm
         assert left_in(ours) == left_in(theirs)
         (index,) = (path.name for path in theirs.glob("*.index*.json"))
         assert json.loads((ours / index).read_text())["weight_map"].keys() == load_file(source / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"max_shard_size": "20GB"}, {"variant": "fp16"}])
+def test_the_report_judges_the_folder_as_inspect_does(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    takers = {verdict.loader for verdict in convert(source, tmp_path / "out", **options).loaders if verdict.takes}
+    assert takers == {each["loader"] for each in describe_vae(tmp_path / "out")["loaders"] if each["takes"]}
 
 
 def test_a_checkpoint_of_a_whole_model_gives_its_vae(source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from sdvae.checkpoints.store import load_autoencoder
+from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.data.images import image_to_x, read_image
 from sdvae.evaluation import fix_fp16 as fixing
@@ -147,6 +147,8 @@ def test_fix_fp16_writes_a_vae_that_stock_diffusers_runs_in_float16(overflowing:
         assert float((found - wanted).abs().max() / (wanted.max() - wanted.min())) < 1e-2
     notes = json.loads((tmp_path / "fixed/config.json").read_text())["_sdvae"]
     assert notes["rewrites"][0].startswith("fix-fp16: decoder 2^-")
+    assert notes["source_digest"] == autoencoder_digest(load_autoencoder(overflowing))
+    assert notes["source"] == "overflowing"
     assert sdvae("check", tmp_path / "fixed", *SMALL, "--fail-if-unsafe", "fp16").exit_code == 0
 
 
@@ -196,6 +198,14 @@ def test_fix_fp16_run_again_is_up_to_date_and_with_another_headroom_refused(over
     other = sdvae("fix-fp16", overflowing, target, *SMALL, "--headroom", "4")
     assert other.exit_code == 2 and "exists" in other.stderr
     assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == written
+
+
+def test_fix_fp16_never_writes_over_its_own_source(overflowing: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in overflowing.iterdir()}
+    for target in (overflowing, overflowing.parent):
+        result = sdvae("fix-fp16", overflowing, target, *SMALL, "--overwrite")
+        assert result.exit_code == 2, result.output
+    assert {path.name: path.read_bytes() for path in overflowing.iterdir()} == before
 
 
 def test_fix_fp16_replaces_nothing_without_being_told(overflowing: Path, tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
         ("sdxl", {"scaling_factor": 0.5, "shift_factor": 0.1}, ["scaling_factor 0.5 and shift_factor 0.1"], []),
         (
             "sdxl",
-            {"scaling_factor": 0.13025, "latents_mean": (0.1,) * 4, "latents_std": (2.0,) * 4},
+            {"scaling_factor": 0.13025, "shift_factor": 0.1, "latents_mean": (0.1,) * 4, "latents_std": (2.0,) * 4},
             ["latents_mean and latents_std"],
             ["scaling_factor", "shift_factor"],
         ),
