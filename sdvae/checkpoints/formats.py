@@ -175,8 +175,14 @@ def _identify_folder(path: Path, subfolder: str | None, variant: str | None) -> 
         files = find_vae_files(names, subfolder, variant)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if files is None and (path / "vae_encoder" / "model.onnx").is_file():
+        raise CheckpointError(
+            f"{path}: an ONNX export of a VAE, for onnxruntime; its weights are not read back: name the VAE that it "
+            f"was made from"
+        )
     if files is None:
         where = f"{subfolder}/" if subfolder else "it and in its folder vae/"
+        names += [f"{entry.name}/" for entry in sorted(path.iterdir()) if entry.is_dir()]
         raise CheckpointError(
             f"{path}: no VAE in this folder: looked in {where} for {STEM}.safetensors, .bin, their variants and "
             f"indexes; it holds {some(names)}"

@@ -239,8 +239,11 @@ def _print(found: Audit, loaders: Sequence[dict[str, Any]], out: Path | None) ->
     print_table(("largest magnitudes", "kind", "peak", "99.99 %", "bits to fp16's limit"), rows)
     if loaders:
         click.echo("\nPrograms that take the files as they are:")
+    groups: dict[str, list[str]] = {}
     for loader in loaders:
-        click.echo(shown(f"  {'yes' if loader['takes'] else 'no '}  {loader['loader']}{_reason(loader)}"))
+        groups.setdefault(f"{'yes' if loader['takes'] else 'no '}  {{}}{_reason(loader)}", []).append(loader["loader"])
+    for line, names in groups.items():
+        click.echo(shown("  " + line.replace("{}", ", ".join(names), 1)))
     if out is not None:
         click.echo(shown(f"\nChart: {out / CHART_NAME}"))
 

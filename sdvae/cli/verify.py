@@ -9,6 +9,7 @@ import click
 from sdvae.cli.options import json_option
 from sdvae.cli.output import print_json, progress, shown
 from sdvae.codec.options import DEVICES
+from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdvae.codec.verify import VerifyReport
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["verify_command"]
 
 _SHOWN = 20  # of a list in text; JSON has all
+_SAMPLE = 8
 
 
 @click.command(
@@ -29,7 +31,7 @@ Examples:
 @click.option("--images", type=click.Path(), metavar="DIR", help="The folder that was encoded: encode a sample again.")
 @click.option("--vae", metavar="REF", help="The VAE that CACHE is to be of.  [default: the one that it names]")
 @click.option(
-    "--sample", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Images to encode again."
+    "--sample", type=click.IntRange(min=1), metavar="N", help=f"Images to encode again.  [default: {_SAMPLE}]"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of the sample.")
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: cuda, mps, cpu.")
@@ -41,7 +43,7 @@ def verify_command(
     cache: str,
     images: str | None,
     vae: str | None,
-    sample: int,
+    sample: int | None,
     seed: int,
     device: str,
     as_json: bool,
@@ -52,11 +54,13 @@ def verify_command(
     shapes, keys, the VAE and the settings must agree. With --images, some latents are computed again and compared.
     Nothing is written. Problems are listed, and the exit code is then 3.
     """
+    if sample is not None and images is None:
+        raise ConfigError("--sample says how many images to encode again: give the folder with --images as well")
     from sdvae.codec.verify import verify_cache
 
     with progress("verify") as on_progress:
         report = verify_cache(
-            cache, images=images, vae=vae, sample=sample, seed=seed, device=device, on_progress=on_progress
+            cache, images=images, vae=vae, sample=sample or _SAMPLE, seed=seed, device=device, on_progress=on_progress
         )
     if as_json:
         print_json(report.to_json())

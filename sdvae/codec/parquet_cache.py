@@ -47,7 +47,7 @@ def check_installed() -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise ConfigError("format parquet needs pyarrow, which is not installed: pip install 'sdvae[eval]'") from error
+        raise ConfigError("format parquet needs pyarrow, which is not installed: pip install pyarrow") from error
 
 
 def file_name(number: int) -> str:

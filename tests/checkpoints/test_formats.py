@@ -177,6 +177,16 @@ def test_what_is_no_safetensors_file_gets_a_hint(tmp_path: Path, content: bytes,
         identify(path)
 
 
+def test_an_export_to_onnx_and_a_folder_of_folders_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(CheckpointError, match="it holds unet/$"):
+        identify(tmp_path)
+    (tmp_path / "vae_encoder").mkdir()
+    (tmp_path / "vae_encoder/model.onnx").touch()
+    with pytest.raises(CheckpointError, match="an ONNX export"):
+        identify(tmp_path)
+
+
 def test_other_suffixes_are_refused_and_pickles_not_opened(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"anything")
     assert identify(tmp_path / "x.ckpt").kind is Kind.PICKLE

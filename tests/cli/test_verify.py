@@ -44,6 +44,11 @@ def test_a_whole_cache_ends_with_0_and_says_what_was_compared(cache: Path, image
     assert "encoded again: 2 of 2 alike, at most 0.00" in compared.stdout and str(vae_path) in compared.stdout
 
 
+def test_a_sample_needs_the_images(cache: Path) -> None:
+    result = sdvae("verify", cache, "--sample", "3")
+    assert result.exit_code == 2 and "--images" in result.stderr
+
+
 def test_problems_are_listed_with_file_and_key_and_the_exit_code_is_3(cache: Path, other_vae_path: Path) -> None:
     (cache / "a.png.safetensors").rename(cache / "z.safetensors")
     result = sdvae("verify", cache, "--vae", other_vae_path, "--device", "cpu")
