@@ -18,7 +18,7 @@ from sdvae.checkpoints.convert_options import LDM_SCALING_FACTOR, ConvertOptions
 from sdvae.checkpoints.convert_place import Place
 from sdvae.checkpoints.convert_work import Work, dtype_names, ldm_tensors, prepare
 from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME, read_shapes, some
-from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdicts
+from sdvae.checkpoints.loaders import LoaderVerdict, loader_verdicts
 from sdvae.checkpoints.pipeline_folder import read_pipeline
 from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.rewrite import FoldCheck
@@ -32,6 +32,7 @@ from sdvae.checkpoints.verify_conversion import (
     compare,
     same_bits,
 )
+from sdvae.checkpoints.weight_facts import WeightFacts
 from sdvae.checkpoints.write import planned_shards, write_diffusers_folder, write_ldm_file
 from sdvae.errors import CheckpointError
 from sdvae.model.autoencoder import AutoencoderKL

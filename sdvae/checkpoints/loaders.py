@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from sdvae.checkpoints.formats import FAMILIES
+from sdvae.checkpoints.weight_facts import SD_GROUPS, WeightFacts
 
-__all__ = ["LoaderVerdict", "WeightFacts", "loader_verdicts"]
-
-Shapes = Mapping[str, tuple[int, ...]]
+__all__ = ["LoaderVerdict", "loader_verdicts"]
 
 
 class _Scale(NamedTuple):
@@ -42,8 +40,6 @@ _SCALES_OF_CHANNELS = {4: (_SD1, _SDXL), 16: (_FLUX, _SD3)}
 _STAGE, _VAE = "first_stage_model.", "vae."  # the prefixes of keys.PREFIXES
 _SD_WIDTHS = (128, 256, 512, 512)  # ddconfig of Stable Diffusion: ch 128, ch_mult 1, 2, 4, 4
 _SD_BLOCKS = 2
-_SD_GROUPS = 32  # `Normalize` of latent-diffusion's model.py a506df57, for every group norm
-_OWN_NAME = re.compile(r"(?:encoder|decoder|quant_conv|post_quant_conv)\.")
 # AUTOMATIC1111 modules/sd_vae.py, releases from 1.6 (read): these are dropped before loading
 _DROPPED_BY_A1111 = re.compile(r"loss.*|model_ema\.decay|model_ema\.num_updates")
 
@@ -57,117 +53,6 @@ class LoaderVerdict:
     reasons: tuple[str, ...]  # where it does not take them: why; else what to know
     scale_from: str  # where the program takes scaling_factor and shift_factor from
     fix: str | None  # a command that makes it take them, with the right scale; None: none is needed, or none can
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class WeightFacts:
-    """Weights as they lie on disk."""
-
-    path: str  # as the user calls them, for commands to paste
-    is_folder: bool
-    suffix: str  # of the weights file; .json for the index of several
-    shapes: Shapes  # under the names in the file
-    fields: Mapping[str, Any] | None = None  # of config.json, of the file's header, or inferred; None: not known
-    has_config: bool = False  # a config.json lies beside the weights
-    variant: str | None = None  # fp16, ema, ...: where the folder has no plain weights
-    dtypes: Mapping[str, int] = field(default_factory=dict)  # as a safetensors header writes them -> tensors
-
-    @cached_property
-    def prefix(self) -> str | None:
-        """What stands before the names of the VAE; None where they are not those of a KL-VAE."""
-        end = "decoder.conv_in.weight"
-        return min((name.removesuffix(end) for name in self.shapes if name.endswith(end)), key=len, default=None)
-
-    @cached_property
-    def own(self) -> Shapes:
-        """Shapes of the VAE's weights, without the prefix."""
-        prefix = self.prefix or ""
-        names = {name: name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)}
-        return {own: self.shapes[name] for name, own in names.items() if _OWN_NAME.match(own)}
-
-    @cached_property
-    def extras(self) -> tuple[str, ...]:
-        """Names that are not the VAE's."""
-        return tuple(name for name in self.shapes if name.removeprefix(self.prefix or "") not in self.own)
-
-    @cached_property
-    def is_checkpoint(self) -> bool:
-        """Whether a diffusion model lies in the same file."""
-        return any(name.startswith("model.diffusion_model.") for name in self.shapes)
-
-    @cached_property
-    def naming(self) -> str | None:
-        """ "diffusers" or "ldm"; None for both at once or neither."""
-        found = {
-            "diffusers": any(re.match(r"(en|de)coder\.(down|up)_blocks\.", name) for name in self.own),
-            "ldm": any(re.match(r"(en|de)coder\.(down|up)\.\d", name) for name in self.own),
-        }
-        return next((name for name in found if found[name]), None) if sum(found.values()) == 1 else None
-
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level of the encoder."""
-        stem = "encoder.down_blocks.{}.resnets.0" if self.naming == "diffusers" else "encoder.down.{}.block.0"
-        levels: list[int] = []
-        while shape := self.own.get(f"{stem.format(len(levels))}.conv1.weight"):
-            levels.append(shape[0])
-        return tuple(levels)
-
-    @cached_property
-    def blocks(self) -> int:
-        """Residual blocks of each level of the encoder."""
-        pattern = r"encoder\.(?:down_blocks\.0\.resnets|down\.0\.block)\.(\d+)\."
-        return len({match[1] for name in self.own if (match := re.match(pattern, name))})
-
-    @property
-    def latent_channels(self) -> int:
-        return self._axis("decoder.conv_in.weight", 1)
-
-    @property
-    def image_channels(self) -> tuple[int, int]:
-        return self._axis("encoder.conv_in.weight", 1), self._axis("decoder.conv_out.weight", 0)
-
-    def _axis(self, name: str, axis: int) -> int:
-        shape = self.own.get(name, ())
-        return shape[axis] if len(shape) == 4 else 0
-
-    @property
-    def quant_convs(self) -> tuple[bool, bool]:
-        """Whether quant_conv and post_quant_conv are there."""
-        return "quant_conv.weight" in self.own, "post_quant_conv.weight" in self.own
-
-    @property
-    def has_both_halves(self) -> bool:
-        return {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"} <= self.own.keys()
-
-    @cached_property
-    def attention_dims(self) -> frozenset[int]:
-        """Dimensions of the attention's weights: 2 as linear layers, 4 as 1x1 convolutions; empty without attention."""
-        pattern = r".*\.(?:attentions\.0|attn_1)\.(?:to_q|query|q)\.weight"
-        return frozenset(len(shape) for name, shape in self.own.items() if re.fullmatch(pattern, name))
-
-    @cached_property
-    def has_legacy_attention(self) -> bool:
-        """Whether the attention has its names of diffusers before 0.17."""
-        return any(re.search(r"\.attentions\.\d+\.query\.", name) for name in self.own)
-
-    @property
-    def norm_groups(self) -> int:
-        return int((self.fields or {}).get("norm_num_groups") or _SD_GROUPS)
-
-    @property
-    def scale(self) -> tuple[float, float] | None:
-        """scaling_factor and shift_factor; None where they are not known."""
-        fields = self.fields or {}
-        if (scale := fields.get("scaling_factor")) is None:
-            return None
-        return float(scale), float(fields.get("shift_factor") or 0.0)
-
-    @property
-    def has_channel_scale(self) -> bool:
-        """Whether each latent channel has a mean and a std of its own."""
-        fields = self.fields or {}
-        return fields.get("latents_mean") is not None or fields.get("latents_std") is not None
 
 
 def loader_verdicts(facts: WeightFacts) -> tuple[LoaderVerdict, ...]:
@@ -355,10 +240,10 @@ def _compvis(facts: WeightFacts) -> LoaderVerdict:
     first = facts.widths[0] if facts.widths else 1
     if any(width % first for width in facts.widths):
         function.append(f"widths {_listed(facts.widths)} are no multiples of the first: its ch_mult has integers")
-    if any(width % _SD_GROUPS for width in facts.widths):
-        function.append(f"its norms have {_SD_GROUPS} groups, which do not divide the widths {_listed(facts.widths)}")
-    elif facts.norm_groups != _SD_GROUPS:
-        function.append(f"its norms have {_SD_GROUPS} groups; those of this VAE have {facts.norm_groups}")
+    if any(width % SD_GROUPS for width in facts.widths):
+        function.append(f"its norms have {SD_GROUPS} groups, which do not divide the widths {_listed(facts.widths)}")
+    elif facts.norm_groups != SD_GROUPS:
+        function.append(f"its norms have {SD_GROUPS} groups; those of this VAE have {facts.norm_groups}")
     if not facts.attention_dims:
         function.append("its middle has an attention; this VAE has none")
     layout = _not_ldm_file(facts, (".safetensors", ".ckpt", ".pt", ".pth", ".bin"))
@@ -389,7 +274,7 @@ def _not_of_sd(facts: WeightFacts, three_levels: bool = False) -> list[str]:
     differences = [
         (facts.widths not in allowed, f"channels {_listed(facts.widths)} (not {_listed(_SD_WIDTHS)})"),
         (facts.blocks != _SD_BLOCKS, f"blocks a level {facts.blocks} (not {_SD_BLOCKS})"),
-        (facts.norm_groups != _SD_GROUPS, f"norm groups {facts.norm_groups} (not {_SD_GROUPS})"),
+        (facts.norm_groups != SD_GROUPS, f"norm groups {facts.norm_groups} (not {SD_GROUPS})"),
         (not facts.attention_dims, "no attention in the middle"),
         (facts.image_channels != (3, 3), f"image channels {_listed(facts.image_channels)} (not 3, 3)"),
     ]

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from sdvae.checkpoints.keys import to_ldm
-from sdvae.checkpoints.loaders import LoaderVerdict, WeightFacts, loader_verdicts
+from sdvae.checkpoints.loaders import LoaderVerdict, loader_verdicts
+from sdvae.checkpoints.weight_facts import WeightFacts
 from sdvae.cli.main import cli
 from sdvae.model.autoencoder import AutoencoderKL
 
