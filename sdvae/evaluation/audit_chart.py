@@ -30,6 +30,7 @@ _STYLE = """
   text { fill: var(--muted); } .ink { fill: var(--ink); } .head { font-size: 15px; font-weight: 600; fill: var(--ink); }
   .end { text-anchor: end; } .middle { text-anchor: middle; } .over { fill: var(--bad); font-weight: 600; }
   .paper { fill: var(--paper); } .band { fill: var(--band); } .grid { stroke: var(--line); }
+  .leader { stroke: var(--muted); stroke-width: 1; }
   .part { stroke: var(--muted); stroke-dasharray: 1 3; } .limit { stroke: var(--bad); stroke-width: 1.5; }
   .limit-text { fill: var(--bad); }
   .over, .limit-text, .name { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
@@ -82,7 +83,8 @@ class _Axes:
     def of(layers: Sequence[LayerPeak]) -> _Axes:
         positive = [value for layer in layers for value in (layer.peak, layer.percentile) if value > 0] or [1.0]
         low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-        return _Axes(len(layers), max(-6, min(low, 0)), max(high, 5))
+        # half a power and more above the largest dot, for the label
+        return _Axes(len(layers), max(-6, min(low, 0)), max(high + (math.log10(max(positive)) > high - 0.5), 6))
 
     def x(self, index: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (index + 0.5) / self.num_layers
@@ -162,13 +164,14 @@ def _layer(layer: LayerPeak, x: float, axes: _Axes) -> Markup:
 
 
 def _annotation(audit: Audit, axes: _Axes) -> Iterator[Markup]:
-    """The name of the layer that the verdict on fp16 speaks of, beside its dot."""
+    """The name of the layer that the verdict on fp16 speaks of, above all dots, with a line to its own."""
     name = audit.verdict("float16").layer
     index = next(index for index, layer in enumerate(audit.layers) if layer.name == name)
     layer, x = audit.layers[index], axes.x(index)
-    side, step = ("end", -8) if x > _WIDTH / 2 else ("", 8)
+    side, step = ("end", -5) if x > _WIDTH / 2 else ("", 5)
     kind = "over" if layer.peak > LIMITS["float16"] else "ink name"
-    yield _text(f"{kind} {side}", x + step, axes.y(layer.peak) - 9, f"{name}: {layer.peak:.3g}")
+    yield _line("leader", x, _TOP + 4, x, axes.y(layer.peak) - 7)
+    yield _text(f"{kind} {side}", x + step, _TOP + 14, f"{name}: {layer.peak:.3g}")
 
 
 def _n(value: float) -> str:
