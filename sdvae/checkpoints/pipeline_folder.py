@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.formats import CONFIG_NAME, read_json, some
+from sdvae.checkpoints.formats import CONFIG_NAME, SCALE_FIELDS, read_json, some
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import why_no_vae_folder
 from sdvae.checkpoints.verify_conversion import full_config
@@ -79,7 +79,7 @@ class Pipeline:
                     f"was made for latents of that shape and cannot use others. Take a VAE with {name} {old}"
                 )
         remarks = []
-        for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        for name in SCALE_FIELDS:
             old, new = (_plain(config[name]) for config in (before, after))
             if old != new:
                 remarks.append(f"{name} {_shown(old)} -> {_shown(new)}")

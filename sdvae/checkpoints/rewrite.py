@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.formats import SCALE_FIELDS
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.posterior import LOGVAR_MAX, LOGVAR_MIN
@@ -227,7 +228,7 @@ def _identity(name: str, channels: int, tensors: Mapping[str, Tensor]) -> dict[s
 
 def _defaults() -> dict[str, Any]:
     parameters = inspect.signature(AutoencoderKL.__init__).parameters
-    return {n: parameters[n].default for n in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
+    return {n: parameters[n].default for n in SCALE_FIELDS}
 
 
 def _number(name: str, value: Any, positive: bool = False) -> float:
