@@ -13,7 +13,7 @@ from sdvae.cli.options import json_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.codec.reports import FileReason
-from sdvae.errors import ConfigError
+from sdvae.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from sdvae.evaluation.audit import Audit
@@ -105,6 +105,8 @@ def fix_fp16_command(
     if writes:
         with new_folder(dst, overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
             write_diffusers_folder(folder, fix.tensors, fix.fields, fix.notes)
+            if not _holds(folder, fix):
+                raise CheckpointError(f"{dst}: read back with other values than were written: the disk may be damaged")
             keep_card(dst, folder)
     exit_code = 3 if failures else 0
     if as_json:
