@@ -11,6 +11,7 @@ __all__ = [
     "ImageError",
     "LatentFileError",
     "MissingWeightsError",
+    "NothingThereError",
     "OutputExistsError",
     "SdvaeError",
     "TrainingError",
@@ -25,7 +26,7 @@ class SdvaeError(Exception):
 
 
 class ConfigError(SdvaeError):
-    """A setting, option or configuration file is wrong."""
+    """A setting, option or configuration file is wrong, or a path names nothing."""
 
     exit_code = 2
 
@@ -40,6 +41,12 @@ class CheckpointError(SdvaeError):
 
 class MissingWeightsError(CheckpointError):
     """Weights are neither on this machine nor within reach."""
+
+
+class NothingThereError(MissingWeightsError, ConfigError):
+    """A path given for a VAE names nothing on this machine, and is no hub id: wrong usage, as for any other path."""
+
+    exit_code = 2
 
 
 class ImageError(SdvaeError):

@@ -56,6 +56,7 @@ class ConvertReport:
     dtypes: tuple[str, ...]
     num_bytes: int  # of the weights, and of what is copied of a pipeline
     num_copied_files: int  # of a pipeline; else 0
+    num_shards: int  # files that the weights are split into; 1: not split
     config: Mapping[str, Any]  # every field, as it was written
     rewrites: tuple[str, ...]  # what was done to the weights beyond names and types, also by earlier conversions
     fold: FoldCheck | None  # how exact the fold is, in float32, over photographs
@@ -196,6 +197,7 @@ def _report(
         dtypes=dtype_names(work.tensors),
         num_bytes=work.num_bytes + (pipeline.num_bytes if pipeline else 0),
         num_copied_files=len(pipeline.files) if pipeline else 0,
+        num_shards=_num_shards(work, options),
         config=work.fields,
         rewrites=tuple(work.notes.get("rewrites", ())),
         fold=work.fold,
@@ -215,7 +217,7 @@ def _loaders(work: Work, place: Place) -> tuple[LoaderVerdict, ...]:
     facts = WeightFacts(
         path=str(place.target),
         is_folder=not is_ldm,
-        suffix=".json" if options.max_shard_size and _is_sharded(work, options.max_shard_size) else ".safetensors",
+        suffix=".json" if _num_shards(work, options) > 1 else ".safetensors",
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         fields=work.fields,
         has_config=not is_ldm,
@@ -224,8 +226,10 @@ def _loaders(work: Work, place: Place) -> tuple[LoaderVerdict, ...]:
     return loader_verdicts(facts)
 
 
-def _is_sharded(work: Work, max_shard_size: str) -> bool:
-    return bool(planned_shards(work.tensors, WEIGHTS_NAME, max_shard_size).is_sharded)
+def _num_shards(work: Work, options: ConvertOptions) -> int:
+    if options.max_shard_size is None:
+        return 1
+    return len(planned_shards(work.tensors, WEIGHTS_NAME, options.max_shard_size).filename_to_tensors)
 
 
 def _warnings(work: Work, place: Place) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from sdvae.checkpoints.convert_options import ConvertOptions
 from sdvae.checkpoints.convert_work import Work, ldm_tensors
 from sdvae.checkpoints.folders import check_replaceable, new_folder
-from sdvae.checkpoints.formats import CONFIG_NAME, Kind, identify, read_json, some
+from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHT_SUFFIXES, Kind, identify, read_json, some
 from sdvae.checkpoints.notes import from_metadata, notes_of
 from sdvae.checkpoints.pipeline_folder import Pipeline
 from sdvae.checkpoints.read import Checkpoint, read_checkpoint
@@ -40,8 +40,9 @@ class Place:
             raise ConfigError(f"{self.target}: --to diffusers writes a folder; a single file is --to ldm")
         if self.pipeline:
             self.pipeline.check_target(self.target)
-        # The same conversion may have been done; to know, the source has to be read.
-        if self._made_with() != self.options.to_notes():
+        # The same conversion may have been done, or the source itself may be there, where advice to overwrite would be
+        # wrong; to know, the source has to be read.
+        if self._made_with() != self.options.to_notes() and not self._has_weights():
             self.check_free()
 
     def check_not_source(self, source: Checkpoint) -> None:
@@ -52,6 +53,11 @@ class Place:
 
     def check_free(self) -> None:
         """Raises: OutputExistsError where something is in the way."""
+        if not self.options.overwrite and (made := self._made_with()) is not None:
+            raise OutputExistsError(
+                f"{self.target} exists, and was made {_difference(made, self.options.to_notes())}; choose another "
+                f"path, or give --overwrite (overwrite=True)"
+            )
         if self.options.to != "ldm":
             check_replaceable(self.target, overwrite=self.options.overwrite, is_ours=self._why_not_replace)
         elif self.target.is_dir():
@@ -60,7 +66,9 @@ class Place:
             )
         elif self.target.exists():
             if not self.options.overwrite:
-                raise OutputExistsError(f"{self.target} exists; choose another path, or overwrite")
+                raise OutputExistsError(
+                    f"{self.target} exists; choose another path, or give --overwrite (overwrite=True)"
+                )
             if (kind := identify(self.target).kind) not in (Kind.FILE, Kind.LDM, Kind.PREFIXED):
                 raise OutputExistsError(f"{self.target} would be replaced, but is a {kind}; choose another path")
 
@@ -76,6 +84,10 @@ class Place:
         return new_folder(self.target, overwrite=self.options.overwrite, is_ours=self._why_not_replace)
 
     # What is there
+
+    def _has_weights(self) -> bool:
+        files = self.target.rglob("*") if self.target.is_dir() else (self.target,)
+        return any(path.suffix in WEIGHT_SUFFIXES and path.is_file() for path in files)
 
     def _made_with(self) -> Mapping[str, Any] | None:
         """The options of the conversion whose result is there; None where there is none."""
@@ -118,6 +130,21 @@ class Place:
             return same_bits(read_checkpoint(self._weights_folder()).tensors, work.tensors)
         except (CheckpointError, OSError, SafetensorError):
             return False
+
+
+def _difference(made: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """How a result was made, as far as something else is asked for now: "with --prefix vae., without --dtype"."""
+    names = [name for name in {**made, **asked} if made.get(name) != asked.get(name)]
+    if not names:
+        return "with these options, but from another source, or it was changed since"
+    return ", ".join(_as_given(name, made.get(name)) for name in names)
+
+
+def _as_given(name: str, value: Any) -> str:
+    option = "--" + name.replace("_", "-")
+    if value is None:
+        return f"without {option}"
+    return f"with {option}" if value is True else f"with {option} {value}"
 
 
 def _why_no_onnx_folder(folder: Path) -> str | None:

@@ -124,8 +124,13 @@ class Pipeline:
 
 
 def read_pipeline(folder: Path) -> Pipeline:
-    """Look at a pipeline folder. Raises: CheckpointError where it is none, or has no VAE that can be replaced."""
+    """Look at a pipeline folder.
+
+    Raises: ConfigError where nothing is there; CheckpointError where it is none, or has no VAE that can be replaced.
+    """
     folder = folder.expanduser()
+    if not folder.exists():
+        raise ConfigError(f"no pipeline at '{folder}': {folder.absolute()} does not exist. Pass an existing folder")
     index_path = folder / INDEX_NAME
     if not index_path.is_file():
         raise CheckpointError(f"{folder}: not a diffusers pipeline: no {INDEX_NAME} in it")

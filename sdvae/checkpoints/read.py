@@ -22,7 +22,7 @@ from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.keys import current_attention_names, from_ldm, infer_fields, linear_attention, tidy
 from sdvae.checkpoints.notes import ASSUMED_NOTE, carries_config, from_metadata, notes_of
 from sdvae.checkpoints.tensor_files import Readers, open_tensors
-from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError
+from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError
 
 __all__ = [
     "BUNDLED_NAME",
@@ -81,6 +81,8 @@ def locate(
 
     A single file that sdvae wrote says itself what it is: a config.json beside it is another's, so none is found. The
     name that diffusers gives the weights of a folder makes it a part of that folder, whose config.json counts.
+    Raises: NothingThereError for a path at which nothing lies; MissingWeightsError for a hub id that cannot be had;
+        CheckpointError for what holds no VAE; ConfigError for arguments that do not go together.
     """
     if ref is None:
         return _locate_bundled()
@@ -100,7 +102,7 @@ def locate(
                 f"variant; for another, pass the path of a downloaded folder"
             )
         return formats.identify(hub_folder(str(ref), subfolder, revision, local_files_only))
-    raise MissingWeightsError(
+    raise NothingThereError(
         f"no VAE at '{ref}': {path.absolute()} does not exist. Pass an existing folder or weights file, or a hub id "
         f"'org/name'; a path is never looked up on the hub"
     )

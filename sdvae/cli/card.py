@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sdvae.cli.check import AUDIT_NAME
 from sdvae.cli.options import json_option
 from sdvae.cli.output import note, print_json, shown
 
@@ -17,11 +18,12 @@ __all__ = ["card_command"]
     epilog="""\b
 Examples:
   sdvae card my-vae --license apache-2.0 --dry-run
-  sdvae card runs/mine/vae --run runs/mine --evaluation report/result.json --repo me/my-vae""",
+  sdvae card runs/mine/vae --run runs/mine --evaluation report/result.json --audit audit --repo me/my-vae""",
 )
 @click.argument("vae", type=click.Path(path_type=Path))
 @click.option("--run", type=click.Path(path_type=Path), metavar="DIR", help="The run folder of `sdvae train`.")
 @click.option("--evaluation", type=click.Path(path_type=Path), metavar="FILE", help="result.json of `sdvae evaluate`.")
+@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help=f"{AUDIT_NAME} of `sdvae check --out`.")
 @click.option("--license", metavar="ID", help="As the hub names it.  [default: what the VAE's config.json records]")
 @click.option("--repo", metavar="ID", help="Where it will be on the hub, for the commands in the card.")
 @click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
@@ -31,6 +33,7 @@ def card_command(
     vae: Path,
     run: Path | None,
     evaluation: Path | None,
+    audit: Path | None,
     license: str | None,
     repo: str | None,
     overwrite: bool,
@@ -39,16 +42,18 @@ def card_command(
 ) -> None:
     """Write README.md, the model card, into the folder VAE.
 
-    Everything in it comes from the VAE's files, the run folder and the evaluation; what none of them holds is named as
-    not measured or not recorded. A run or an evaluation of another VAE is refused.
+    Everything in it comes from the VAE's files, the run folder, the evaluation and the audit; what none of them holds
+    is named as not measured or not recorded. A run, an evaluation or an audit of another VAE is refused.
     """
     from sdvae.evaluation.card import build_card, write_card
+    from sdvae.evaluation.card_result import load_audit
     from sdvae.evaluation.result import load_result
 
     result = (
         None if evaluation is None else load_result(evaluation / "result.json" if evaluation.is_dir() else evaluation)
     )
-    card = build_card(vae, run=run, result=result, license=license, repo=repo)
+    record = None if audit is None else load_audit(audit / AUDIT_NAME if audit.is_dir() else audit)
+    card = build_card(vae, run=run, result=result, audit=record, license=license, repo=repo)
     path, status = write_card(vae, card, overwrite=overwrite, dry_run=dry_run)
     if as_json:
         data = {"path": str(path), "status": status, "missing": list(card.missing), "text": card.text}

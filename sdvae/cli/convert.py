@@ -108,20 +108,22 @@ def _print_report(report: ConvertReport, chosen: ConvertOptions) -> None:
     scale = f"scaling_factor {config['scaling_factor']}"
     scale += f", shift_factor {config['shift_factor']}" if config["shift_factor"] else ""
     scale += ", latents_mean and latents_std" if config["latents_mean"] else ""
+    files = f", weights in {report.num_shards} file{'s' * (report.num_shards > 1)}" if chosen.max_shard_size else ""
     copied = f", with {report.num_copied_files} files of the pipeline" if report.num_copied_files else ""
-    facts = [
+    facts: list[tuple[str, str]] = [
         (
             "source",
             f"{report.source}: {report.source_kind} ({report.source_evidence}), {_listed(report.source_dtypes)}",
         ),
         ("digest", report.source_digest),
-        ("result", f"{report.target}: {report.to}, {_listed(report.dtypes)}, {_size(report.num_bytes)}{copied}"),
+        ("result", f"{report.target}: {report.to}, {_listed(report.dtypes)}, {_size(report.num_bytes)}{files}{copied}"),
         (
             "network",
             f"channels {_listed(widths)}; layers_per_block {config['layers_per_block']}; {config['latent_channels']} "
             f"latent channels; 1/{2 ** (len(widths) - 1)} of the size",
         ),
         ("scale", scale),
+        *([("license", chosen.license)] if chosen.license else []),
         *(("rewrite", rewrite) for rewrite in report.rewrites),
     ]
     for name, value in facts:

@@ -147,7 +147,7 @@ def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_do
         _print_numbers(fix)
     if written:
         upcast = "; force_upcast is false now" if fix.fields.get("force_upcast") is False else ""
-        click.echo(shown(f"Written to {dst}{upcast}."))
+        click.echo(shown(f"{'Written' if fix.needed else 'A copy was written'} to {dst}{upcast}."))
     elif is_done:
         click.echo(shown(f"{dst} is up to date. Nothing was written."))
     elif dry_run and (fix.needed or force):

@@ -6,6 +6,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +184,34 @@ def _print_vae(data: Mapping[str, Any]) -> None:
 
 
 def _print_loaders(verdicts: list[Mapping[str, Any]]) -> None:
-    """A row for each program; what it says goes below it where a line is not enough."""
+    """Programs of the same verdict are one row: names, answer, and what there is to say, each in its column."""
     click.echo("programs that take it as it is:")
-    width = max(len(verdict["loader"]) for verdict in verdicts)
+    groups: dict[tuple[str, str, str | None], list[str]] = {}
     for verdict in verdicts:
         lines = [f"{reason}." for reason in verdict["reasons"]]
         if verdict["takes"]:
             lines.insert(0, f"Scale from {verdict['scale_from']}.")
-        _wrapped(f"  {verdict['loader']:{width}}  {'yes' if verdict['takes'] else 'no':{_TAKES}}", _sentences(lines))
-        if verdict["fix"]:
-            click.echo(f"{'':{width + 4 + _TAKES}}$ {shown(verdict['fix'])}")  # never wrapped, for it is to be pasted
+        key = ("yes" if verdict["takes"] else "no", _sentences(lines), verdict["fix"])
+        groups.setdefault(key, []).append(verdict["loader"])
+    width = 1 + max(len(verdict["loader"]) for verdict in verdicts)  # of a name and the comma behind it
+    columns = min(_MAX_COLUMNS, shutil.get_terminal_size((_MAX_COLUMNS, 1)).columns)
+    indent = width + 3 + _TAKES
+    for (answer, text, fix), names in groups.items():
+        left = _names(names, width)
+        right = textwrap.wrap(shown(text), max(columns - indent, 40), break_long_words=False, break_on_hyphens=False)
+        for index, (name, line) in enumerate(zip_longest(left, right, fillvalue="")):
+            click.echo(f"  {name:{width}} {answer if index == 0 else '':{_TAKES}}{line}".rstrip())
+        if fix:
+            click.echo(f"{'':{indent}}$ {shown(fix)}")  # never wrapped, for it is to be pasted
+
+
+def _names(names: list[str], width: int) -> list[str]:
+    """Names with commas between them, as many in a line as fit."""
+    lines = [""]
+    for name in [*(f"{name}," for name in names[:-1]), names[-1]]:
+        joined = f"{lines[-1]} {name}".lstrip()
+        lines[-1:] = [joined] if len(joined) <= width else [lines[-1], name]
+    return lines
 
 
 def _sentences(lines: list[str]) -> str:
@@ -207,20 +226,6 @@ def _section(title: str, fields: Mapping[str, str]) -> None:
     click.echo(f"{title}:")
     for name, text in fields.items():
         click.echo(shown(f"  {name}: {text}"))
-
-
-def _wrapped(start: str, text: str) -> None:
-    columns = min(_MAX_COLUMNS, shutil.get_terminal_size((_MAX_COLUMNS, 1)).columns)
-    click.echo(
-        textwrap.fill(
-            shown(text),
-            width=max(columns, len(start) + 40),
-            initial_indent=start,
-            subsequent_indent=" " * len(start),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    )
 
 
 def _short(value: Any) -> str:

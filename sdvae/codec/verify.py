@@ -56,8 +56,9 @@ def verify_cache(
     images: the folder that was encoded; then `sample` latents, chosen by `seed`, are compared with what their images
         give now on `device`, prepared and computed as recorded; a draw is repeated with its seed.
     vae: the VAE that the cache is to be of; None takes, with `images`, the one by the name in the cache.
-    Raises: LatentFileError where there is no cache; ConfigError where `images` is no folder, or the VAE that it needs
-        is not where it was; CheckpointError for a VAE that cannot be loaded.
+    Raises: ConfigError where `path` holds no cache, `images` is no folder, or the VAE that it needs is not where it
+        was; LatentFileError where no latent that names the VAE can be read; CheckpointError for a VAE that cannot be
+        loaded.
     """
     started = time.perf_counter()
     out = Path(path).expanduser()
@@ -264,12 +265,12 @@ class _Check:
 
 
 def _format_of(out: Path) -> str:
-    """The format of a folder without a manifest, by the files that lie in it."""
+    """The format of a folder without a manifest, by the files in it. Raises: ConfigError where there are none."""
     for format in CACHE_FORMATS:
         if out.is_dir() and next(_readable(out, format), None) is not None:
             return format
     what = "no such folder" if not out.exists() else "a file" if out.is_file() else "no latents in it"
-    raise LatentFileError(f"{out}: no latent cache ({what}); expected a folder that `sdvae encode` wrote")
+    raise ConfigError(f"{out}: no latent cache ({what}); expected a folder that `sdvae encode` wrote")
 
 
 def _readable(out: Path, format: str) -> Iterator[LatentHeader]:

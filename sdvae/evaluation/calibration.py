@@ -172,21 +172,7 @@ def _brief_error(estimate: Estimate) -> float | None:
 
 def _judgement(calibration: Calibration) -> Iterator[str]:
     c = calibration
-    errors = c.difference_in_errors
-    amount = f"{c.difference:+.2%}" + ("" if errors is None else f", {abs(errors):.1f} standard errors")
-    yield (
-        f"with the present configuration the latents have a standard deviation of {c.present.std.value:.4g} "
-        f"instead of 1 ({amount})"
-    )
-    yield {
-        "equal": "no difference to 1 shows on these images: keep the present value",
-        "small": f"the difference is real, but below {SCALE_MATTERS:.0%} (0.4 dB of signal-to-noise ratio), too small "
-        f"to matter: keep the present value",
-        "matters": f"the difference is real and above {SCALE_MATTERS:.0%} (0.4 dB of signal-to-noise ratio): it "
-        f"matters for a diffusion model that is trained from scratch, so use the new value there",
-        "unclear": f"the difference is above {SCALE_MATTERS:.0%}, but these images cannot tell it from chance: take "
-        f"more images",
-    }[c.verdict]
+    yield from _of_scale(c)
     offset = c.present.mean
     if abs(offset.value) > CENTRE_MATTERS and abs(offset.value) > SIGNIFICANT * (offset.standard_error or math.inf):
         yield (
@@ -210,3 +196,22 @@ def _judgement(calibration: Calibration) -> Iterator[str]:
         unequal = c.num_effective < 0.9 * c.num_images
         these = f"{c.num_images} images" + f", as good as {c.num_effective:.1f} of one size," * unequal
         yield f"the standard errors are rough themselves: {these} are fewer than {FEW_IMAGES}"
+
+
+def _of_scale(c: Calibration) -> Iterator[str]:
+    have = "with the present configuration the latents have a standard deviation of"
+    if (std := f"{c.present.std.value:.4g}") == "1":
+        yield f"{have} 1, as it should be: keep the present value"
+        return
+    errors = c.difference_in_errors
+    amount = f"{c.difference:+.2%}" + ("" if errors is None else f", {abs(errors):.1f} standard errors")
+    yield f"{have} {std} instead of 1 ({amount})"
+    yield {
+        "equal": "no difference to 1 shows on these images: keep the present value",
+        "small": f"the difference is real, but below {SCALE_MATTERS:.0%} (0.4 dB of signal-to-noise ratio), too small "
+        f"to matter: keep the present value",
+        "matters": f"the difference is real and above {SCALE_MATTERS:.0%} (0.4 dB of signal-to-noise ratio): it "
+        f"matters for a diffusion model that is trained from scratch, so use the new value there",
+        "unclear": f"the difference is above {SCALE_MATTERS:.0%}, but these images cannot tell it from chance: take "
+        f"more images",
+    }[c.verdict]

@@ -1,6 +1,7 @@
 """The model card of a VAE folder: README.md with the front matter that the hub reads.
 
-Every number and name comes from the VAE's files, the folder of its training run or an evaluation of exactly this VAE.
+Every number and name comes from the VAE's files, the folder of its training run, or an evaluation or audit of exactly
+this VAE.
 What none of them holds is left out, and named as missing. Folders of this machine are not published: of a path, the
 card has the last name. Left out: uploading (`checkpoints/push.py`), and pictures.
 """
@@ -22,7 +23,7 @@ from sdvae.checkpoints.describe import describe_vae
 from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, SCALE_FIELDS
 from sdvae.checkpoints.push import REPO_PLACEHOLDER
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
-from sdvae.evaluation.card_result import entry_of, hub_results, precision_of, view_of
+from sdvae.evaluation.card_result import AuditRecord, entry_of, hub_results, precision_of, view_of
 from sdvae.evaluation.card_text import cell
 from sdvae.evaluation.report import count, plain
 from sdvae.evaluation.result import EvaluationResult
@@ -51,21 +52,25 @@ def build_card(
     *,
     run: str | Path | None = None,
     result: EvaluationResult | None = None,
+    audit: AuditRecord | None = None,
     license: str | None = None,
     repo: str | None = None,
 ) -> Card:
     """Compose the model card of a VAE folder.
 
-    run: the folder of the training run that made it. result: an evaluation that measured it. license: as the hub names
-    it; None: what the VAE's notes record. repo: "org/name", for the commands in the card; None: a placeholder.
-    Raises: CheckpointError for a VAE that does not load; ConfigError for a run or result of another VAE.
+    run: the folder of the training run that made it. result: an evaluation that measured it. audit: of its precision.
+    license: as the hub names it; None: what the VAE's notes record. repo: "org/name", for the commands in the card;
+    None: a placeholder.
+    Raises: CheckpointError for a VAE that does not load; ConfigError for a run, result or audit of another VAE.
     """
     path = Path(vae).expanduser()
     facts = _describe(path)
     entry = None if result is None else entry_of(result, facts["digest"])
+    if audit is not None:
+        audit.check_digest(facts["digest"])
     run_facts = None if run is None else RunRecord(Path(run).expanduser(), path, facts)
     chosen_license = license or facts["notes"].get("license")
-    missing = tuple(_missing(facts, run_facts, entry, chosen_license))
+    missing = tuple(_missing(facts, run_facts, entry, audit, chosen_license))
     title = repo.rpartition("/")[2] if repo else _title(path.resolve())
     body = (
         _environment()
@@ -84,6 +89,7 @@ def build_card(
             training=None if run_facts is None else run_facts.view(),
             evaluation=None if result is None or entry is None else view_of(result, entry),
             precision=None if entry is None else precision_of(entry),
+            audit=audit,
             loaders=[_loader(verdict) for verdict in facts["loaders"]],
             limits=list(_limits(facts)),
             missing=missing,
@@ -221,7 +227,9 @@ def _limits(facts: Row) -> Iterator[str]:
         yield "`force_upcast` is set: pipelines that read it compute this autoencoder in float32."
 
 
-def _missing(facts: Row, run: RunRecord | None, entry: Row | None, license: str | None) -> Iterator[str]:
+def _missing(
+    facts: Row, run: RunRecord | None, entry: Row | None, audit: AuditRecord | None, license: str | None
+) -> Iterator[str]:
     if license is None:
         yield "license: not stated"
     if run is None:
@@ -230,8 +238,8 @@ def _missing(facts: Row, run: RunRecord | None, entry: Row | None, license: str 
         yield "scale: where scaling_factor comes from is not recorded"
     if entry is None:
         yield "quality: not measured"
-    if entry is None or not precision_of(entry):
-        yield "float16 and bfloat16: not measured"
+    if audit is None and (entry is None or not precision_of(entry)):
+        yield "float16 and bfloat16: not measured; `sdvae check VAE --out DIR` does that, `--audit DIR` adds it"
 
 
 # Front matter and text
@@ -251,6 +259,10 @@ def _front_matter(title: str, license: str | None, result: EvaluationResult | No
     return data.to_yaml(line_break="\n")
 
 
+def _images(number: int) -> str:
+    return f"{count(number)} image{'s' if number != 1 else ''}"
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -259,5 +271,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": cell, "count": count}
+    environment.filters |= {"cell": cell, "count": count, "images": _images}
     return environment

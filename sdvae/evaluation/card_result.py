@@ -1,8 +1,11 @@
-"""What an evaluation says about one of the VAEs that it measured, as tables of a model card."""
+"""What an evaluation or a precision audit says about a VAE that it measured, as the model card shows it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdvae.errors import ConfigError
@@ -13,7 +16,7 @@ from sdvae.evaluation.result import EvaluationResult
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["entry_of", "hub_results", "precision_of", "view_of"]
+__all__ = ["AuditRecord", "entry_of", "hub_results", "load_audit", "precision_of", "view_of"]
 
 Row = dict[str, Any]
 
@@ -43,6 +46,7 @@ def view_of(result: EvaluationResult, entry: Row) -> Row:
         "unreadable": len(result.dataset["unreadable"]),
         "dataset": public_text(str(result.dataset["source"])),
         "when": when(result.created),
+        "device": result.environment.get("device", "a device that is not recorded"),
         "version": result.sdvae_version,
         "columns": ["this VAE", *(public_text(str(other["ref"])) for other in shown[1:])],
         "rows": [
@@ -121,6 +125,70 @@ def _outcome(row: Row) -> str:
     if not row["finite"]:
         return "values overflow: not usable without float32"
     return f"finite; PSNR against float32 {number(row['psnr_against_fp32'], 1)} dB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """What audit.json says about half precision."""
+
+    vae: str
+    digest: str
+    num_images: int
+    size_px: int  # of the central squares that the peaks were measured on
+    device: str
+    sentences: tuple[str, ...]  # the verdicts of float16 and bfloat16
+    hazards: tuple[str, ...]
+    tried: tuple[int, int] | None  # on how many images, of which size in px; None: neither format could be tried
+
+    def check_digest(self, digest: str) -> None:
+        """Raises: ConfigError unless the audit measured the VAE with this digest."""
+        if self.digest != digest:
+            raise ConfigError(
+                f"the audit measured another VAE than the one of the card, {digest}: {self.vae} {self.digest}. A "
+                f"rewrite or another scale makes another VAE; audit this one: sdvae check VAE --out DIR"
+            )
+
+
+def load_audit(path: str | Path) -> AuditRecord:
+    """Read audit.json. Raises: ConfigError for what is none, or is damaged."""
+    expected = "expected the audit.json of sdvae check VAE --out DIR"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}; {expected}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error}); {expected}") from None
+    if not isinstance(data, dict) or data.get("command") != "check":
+        raise ConfigError(f"{path}: no audit; {expected}")
+    try:
+        return _audit_record(data)
+    except _FieldError as error:
+        raise ConfigError(f"{path}: {error}; {expected}") from None
+
+
+def _audit_record(data: Row) -> AuditRecord:
+    sentences = {_field(each, "dtype", str): _field(each, "sentence", str) for each in _field(data, "verdicts", list)}
+    tried = [probe for probe in _field(data, "probes", list) if isinstance(probe, dict) and "error" not in probe]
+    return AuditRecord(
+        vae=_field(data, "vae", str),
+        digest=_field(data, "digest", str),
+        num_images=_field(data, "num_images", int),
+        size_px=_field(data, "size_px", int),
+        device=_field(data, "device", str),
+        sentences=tuple(_field(sentences, dtype, str) for dtype in ("float16", "bfloat16")),
+        hazards=tuple(map(str, _field(data, "hazards", list))),
+        tried=(_field(tried[0], "num_images", int), _field(tried[0], "size_px", int)) if tried else None,
+    )
+
+
+class _FieldError(Exception):
+    """A field that is missing, or holds something else than it should."""
+
+
+def _field(data: Any, name: str, kind: type) -> Any:
+    if not isinstance(data, dict) or not isinstance(data.get(name), kind):
+        raise _FieldError(f"its `{name}` is missing or damaged")
+    return data[name]
 
 
 def hub_results(result: EvaluationResult, entry: Row) -> Iterator[EvalResult]:

@@ -627,6 +627,30 @@ def test_the_same_conversion_again_is_up_to_date_and_another_is_refused(
     assert left_in(tmp_path) == sorted(["source", name])
 
 
+@pytest.mark.parametrize(
+    ("name", "made", "asked", "said"),
+    [
+        ("a.safetensors", {"prefix": "vae."}, {"dtype": "float16"}, "with --prefix vae., without --dtype"),
+        ("a.safetensors", {"dtype": "float16"}, {"dtype": "bfloat16"}, "with --dtype float16"),
+        ("a", {"fold_scale": 0.5, "add_quant_convs": True}, {"fold_scale": 0.5}, "with --add-quant-convs"),
+        ("a", {}, {"variant": "fp16"}, "without --variant"),
+    ],
+)
+def test_a_result_of_other_options_is_refused_with_those_that_differ(
+    source: Path, tmp_path: Path, name: str, made: dict[str, Any], asked: dict[str, Any], said: str
+) -> None:
+    to = {"to": "ldm" if name.endswith(".safetensors") else "diffusers"}
+    convert(source, tmp_path / name, **to, **made)
+    with pytest.raises(OutputExistsError) as caught:
+        convert(source, tmp_path / name, **to, **asked)
+    assert str(caught.value) == (
+        f"{tmp_path / name} exists, and was made {said}; choose another path, or give --overwrite (overwrite=True)"
+    )
+    make(seed=1).save_pretrained(source)
+    with pytest.raises(OutputExistsError, match="was made with these options, but from another source"):
+        convert(source, tmp_path / name, **to, **made)
+
+
 def test_a_result_that_was_changed_since_is_not_up_to_date(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
     update_config(tmp_path / "out", {"scaling_factor": 0.9}, {})
@@ -668,9 +692,12 @@ def test_the_source_is_not_replaced_by_its_own_result(source: Path, tmp_path: Pa
         (source, source, {}),
         (source / WEIGHTS, source, {"dtype": "float16"}),
         (tmp_path / "a.safetensors", tmp_path / "a.safetensors", {"to": "ldm", "dtype": "float16"}),
+        (source, tmp_path, {}),
+        (source, tmp_path, {"to": "onnx"}),
     ):
-        with pytest.raises(ConfigError, match="holds the source itself"):
-            convert(src, dst, overwrite=True, **options)
+        for overwrite in (True, False):  # advice to overwrite would be wrong
+            with pytest.raises(ConfigError, match="holds the source itself"):
+                convert(src, dst, overwrite=overwrite, **options)
     assert (source / WEIGHTS).read_bytes() == before
 
 

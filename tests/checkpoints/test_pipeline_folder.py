@@ -198,6 +198,8 @@ def test_a_copy_in_or_around_the_pipeline_is_refused(pipeline: Path, vae: Path, 
 def test_what_is_no_pipeline_with_a_vae_is_refused(pipeline: Path, vae: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a diffusers pipeline"):
         read_pipeline(vae)
+    with pytest.raises(ConfigError, match="no pipeline at '.*/nothing': .* does not exist"):
+        convert(vae, tmp_path / "new", into=tmp_path / "nothing")
     index = json.loads((pipeline / "model_index.json").read_text())
     for entry in ([None, None], ["diffusers", "VQModel"], None):
         (pipeline / "model_index.json").write_text(json.dumps(index | {"vae": entry}))

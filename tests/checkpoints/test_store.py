@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints import folders, read, store
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder, to_diffusers
-from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, OutputExistsError
+from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 
 from diffusers import AutoencoderKL as StockAutoencoderKL  # isort: skip  # after the repair of torchvision
@@ -517,10 +517,18 @@ def test_a_repository_without_a_vae_and_an_unknown_one_are_explained(hub: type[H
     ],
 )
 def test_a_path_that_does_not_exist_is_never_sent_to_the_hub(hub: type[Hub], ref: str) -> None:
-    message = error_of(ref, MissingWeightsError)
+    message = error_of(ref, NothingThereError)
     assert f"no VAE at '{ref}': {Path(ref).expanduser().absolute()} does not exist" in message
-    error_of(Path("org/name"), MissingWeightsError)
+    error_of(Path("org/name"), NothingThereError)
     assert hub.requests == []
+
+
+def test_a_path_at_which_nothing_lies_is_wrong_usage_and_a_hub_id_that_cannot_be_had_is_not(hub: type[Hub]) -> None:
+    for ref, exit_code in (("./nothing", 2), ("org/unknown", 1)):
+        with pytest.raises(MissingWeightsError) as caught:
+            load_autoencoder(ref)
+        assert caught.value.exit_code == exit_code
+        assert isinstance(caught.value, ConfigError) == (exit_code == 2)
 
 
 def test_a_local_folder_hides_the_hub_id_of_the_same_name(hub: type[Hub], saved: Path) -> None:

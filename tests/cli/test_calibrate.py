@@ -111,8 +111,8 @@ def test_a_dry_run_says_what_would_happen_and_does_nothing(make_vae: MakeVae, im
         (["{vae}", "{images}", "--shift"], 2, "--write"),
         (["{vae}", "{images}", "--crop", "center"], 2, "size"),
         (["{vae}", "{images}/nowhere"], 2, "no such file or folder"),
-        (["{images}/no-vae", "{images}"], 1, "no-vae"),
-        (["{images}/no-vae", "{images}", "--dry-run"], 1, "no-vae"),
+        (["{images}/no-vae", "{images}"], 2, "no-vae"),
+        (["{images}/no-vae", "{images}", "--dry-run"], 2, "no-vae"),
         (["someone/vae", "{images}", "--write"], 2, "sdvae convert someone/vae DIR"),
     ],
 )

@@ -64,6 +64,22 @@ def test_a_trained_and_evaluated_vae_gets_its_card_and_can_be_pushed(tmp_path: P
     assert pushed.stdout.endswith("Would push 3 files to me/fine. Nothing was uploaded.\n")
 
 
+def test_an_audit_of_this_vae_fills_the_section_on_half_precision(tmp_path: Path, make_vae: MakeVae) -> None:
+    half = tmp_path / "half"  # a digest is that of the stored weights, not of those that the audit computes with
+    assert sdvae("convert", make_vae(), half, "--dtype", "float16").exit_code == 0
+    audit = tmp_path / "audit"
+    checked = sdvae("check", half, "--out", audit, "--limit", 3, "--size", 40, "--probe-size", 16, "--device", "cpu")
+    assert checked.exit_code == 0, checked.output
+    text = sdvae("card", half, "--audit", audit, "--dry-run").stdout
+    assert text == sdvae("card", half, "--audit", audit / "audit.json", "--dry-run").stdout
+    assert "peaks of all layers on 3 images, central squares of 40 px, on cpu; formats tried on 2 images of 16" in text
+    said = [verdict["sentence"] for verdict in json.loads((audit / "audit.json").read_text())["verdicts"]]
+    assert f"of 16 px:\n\n- {said[2]}\n- {said[1]}\n" in text
+    assert said[2].startswith("fp16: safe") and said[1].startswith("bf16: safe")
+    refused = sdvae("card", make_vae("other"), "--audit", audit)
+    assert refused.exit_code == 2 and "the audit measured another VAE" in refused.stderr
+
+
 def test_json_names_what_is_missing(make_vae: MakeVae) -> None:
     vae = make_vae()
     data = json_of(sdvae("card", vae, "--json", "--dry-run"))
@@ -72,6 +88,7 @@ def test_json_names_what_is_missing(make_vae: MakeVae) -> None:
     assert "quality: not measured" in data["missing"]
     result = sdvae("card", vae)
     assert "Missing: quality: not measured\n" in result.stderr
+    assert "not measured; `sdvae check VAE --out DIR` does that" in result.stderr
     assert json_of(sdvae("card", vae, "--json"))["status"] == "up to date"
     nameless = sdvae("push", vae, "me/fine", "--dry-run")
     assert nameless.exit_code == 2 and f"sdvae card {vae} --repo me/fine" in nameless.stderr
@@ -91,6 +108,8 @@ def test_json_names_what_is_missing(make_vae: MakeVae) -> None:
     ("arguments", "exit_code", "message"),
     [
         (("card", "{vae}", "--evaluation", "{vae}"), 2, "result.json: cannot be read"),
+        (("card", "{vae}", "--audit", "{vae}"), 2, "audit.json: cannot be read"),
+        (("card", "{vae}", "--audit", "{vae}/config.json"), 2, "config.json: no audit; expected the audit.json"),
         (("card", "{vae}", "--run", "{vae}"), 2, "config.yaml: cannot be read"),
         (("card", "nowhere"), 2, "nowhere is no folder of a VAE"),
         (("push", "{vae}", "me/fine"), 2, "write the model card first: sdvae card"),

@@ -186,6 +186,11 @@ def test_fix_fp16_finds_nothing_to_fix_and_copies_only_when_told(vae_path: Path,
     assert not (tmp_path / "fixed").exists()
     forced = json_of(sdvae("fix-fp16", vae_path, tmp_path / "fixed", *SMALL, "--force", "--json"))
     assert forced["written"] and not forced["needed"]
+    again = sdvae("fix-fp16", vae_path, tmp_path / "fixed", *SMALL, "--force")
+    assert again.exit_code == 0 and again.stdout.endswith(f"{tmp_path}/fixed is up to date. Nothing was written.\n")
+    other = sdvae("fix-fp16", vae_path, tmp_path / "other", *SMALL, "--force")
+    assert other.stdout.splitlines()[-1].startswith(f"A copy was written to {tmp_path}/other")
+    assert "Written" not in other.stdout
     copy, vae = load_autoencoder(tmp_path / "fixed"), load_autoencoder(vae_path)
     assert all(torch.equal(tensor, copy.state_dict()[name]) for name, tensor in vae.state_dict().items())
 

@@ -149,7 +149,7 @@ def test_a_missing_folder_and_a_wrong_vae_end_with_their_exit_codes(
     missing = sdvae("encode", tmp_path / "nowhere", tmp_path / "latents", "--vae", vae_path)
     assert missing.exit_code == 2 and "no such file or folder" in missing.stderr
     wrong = sdvae("encode", images, tmp_path / "latents", "--vae", tmp_path / "no-vae")
-    assert wrong.exit_code == 1 and "no-vae" in wrong.stderr
+    assert wrong.exit_code == 2 and "no-vae" in wrong.stderr
     assert not (tmp_path / "latents").exists()
 
 

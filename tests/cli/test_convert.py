@@ -18,8 +18,8 @@ from sdvae.model.autoencoder import AutoencoderKL
 
 KEYS = {
     "command", "status", "source", "source_kind", "source_evidence", "source_digest", "source_dtypes", "remarks",
-    "target", "to", "dtypes", "num_bytes", "num_copied_files", "config", "rewrites", "fold", "verification", "onnx",
-    "loaders", "warnings", "dry_run", "exit_code",
+    "target", "to", "dtypes", "num_bytes", "num_shards", "num_copied_files", "config", "rewrites", "fold",
+    "verification", "onnx", "loaders", "warnings", "dry_run", "exit_code",
 }  # fmt: skip
 
 
@@ -49,12 +49,22 @@ def test_the_report_names_source_result_and_errors(vae_path: Path, tmp_path: Pat
     assert "Warning: an LDM file carries no scale" in result.stderr and "--fold-scale 0.18215" in result.stderr
     assert any(line.startswith("not by    ComfyUI") for line in lines)
 
+    other = sdvae(vae_path, out, "--to", "ldm", "--prefix", "vae.")
+    assert other.exit_code == 2 and f"{out} exists, and was made without --prefix; choose another path" in other.stderr
     again = sdvae(vae_path, out, "--to", "ldm")
     assert again.exit_code == 0 and again.stdout.endswith("Up to date: nothing was written.\n")
     other = sdvae(vae_path, out, "--to", "ldm", "--dtype", "float16")
     assert other.exit_code == 2 and "exists" in other.stderr
     replaced = sdvae(vae_path, out, "--to", "ldm", "--dtype", "float16", "--overwrite")
     assert replaced.exit_code == 0 and "ldm, float16" in replaced.stdout
+
+
+def test_the_report_names_the_license_and_the_number_of_weights_files(vae_path: Path, tmp_path: Path) -> None:
+    arguments = (vae_path, tmp_path / "out", "--license", "mit", "--max-shard-size", "20KB")
+    planned = sdvae(*arguments, "--dry-run").stdout
+    assert sdvae(*arguments).exit_code == 0
+    count = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert count > 1 and f"weights in {count} files" in planned and "license   mit" in planned
 
 
 def test_a_fold_prints_what_was_verified(vae_path: Path, tmp_path: Path) -> None:
@@ -113,12 +123,15 @@ def test_the_first_commands_of_the_documentation_can_be_pasted(vae_path: Path) -
             assert context.params["src"] and context.params["dst"]
 
 
-def test_wrong_usage_is_2_and_a_source_that_is_none_is_1(vae_path: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_2_and_what_is_there_but_holds_none_is_1(vae_path: Path, tmp_path: Path) -> None:
     usage = sdvae(vae_path, tmp_path / "a", "--to", "ldm")
     assert usage.exit_code == 2 and ".safetensors" in usage.stderr
     assert sdvae(vae_path, tmp_path / "a", "--prefix", "model.").exit_code == 2
-    missing = sdvae(tmp_path / "nowhere", tmp_path / "a")
-    assert missing.exit_code == 1 and "nowhere" in missing.stderr
+    nowhere = tmp_path / "nowhere"
+    for arguments in ((nowhere, tmp_path / "a"), (vae_path, tmp_path / "a", "--into", nowhere)):
+        missing = sdvae(*arguments)
+        assert missing.exit_code == 2 and f"{nowhere} does not exist" in missing.stderr
     (tmp_path / "empty").mkdir()
+    assert sdvae(tmp_path / "empty", tmp_path / "a").exit_code == 1
     pipeline = sdvae(vae_path, tmp_path / "a", "--into", tmp_path / "empty")
     assert pipeline.exit_code == 1 and "model_index.json" in pipeline.stderr

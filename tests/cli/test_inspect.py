@@ -91,10 +91,37 @@ def test_the_text_names_what_a_reader_needs_and_never_wraps_a_command(folder: Pa
     assert f"digest: {described(folder)['digest']}" in lines
     assert "scale: scaling_factor 0.31, shift_factor 0.1 (config.json)" in lines
     assert any(line.split()[:4] == ["diffusers", "from_pretrained", "yes", "Scale"] for line in lines)
-    assert any(line.split()[:2] == ["ComfyUI", "no"] for line in lines)
+    assert any("ComfyUI" in line and "  no  " in line for line in lines)
     [command] = [line.strip() for line in lines if "sdvae convert" in line and "--to ldm" in line]
     assert command == f"$ sdvae convert {folder} mine-ldm.safetensors --to ldm --fold-scale 0.31"
     assert all(len(line) <= 120 for line in lines if "sdvae convert" not in line and "sha256" not in line)
+
+
+@pytest.mark.parametrize("columns", ["60", "120"])
+def test_programs_of_the_same_verdict_are_one_row_in_straight_columns(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    bare = tmp_path / "a file.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in load_file(folder / WEIGHTS).items()}, bare)
+    for path in (folder, bare):
+        verdicts = described(path)["loaders"]
+        expected: dict[tuple[Any, ...], list[str]] = {}
+        for verdict in verdicts:
+            scale = verdict["scale_from"] if verdict["takes"] else None
+            key = (verdict["takes"], *verdict["reasons"], scale, verdict["fix"])
+            expected.setdefault(key, []).append(verdict["loader"])
+        assert len(expected) < len(verdicts)
+        lines = sdvae("inspect", path).stdout.split("programs that take it as it is:\n")[1].splitlines()
+        column = max(len(verdict["loader"]) for verdict in verdicts) + 4
+        found: list[str] = []
+        for line in lines:
+            if answer := line[column : column + 4].strip():
+                assert answer in ("yes", "no")
+                found.append("")
+            found[-1] += " " + line[:column].strip()
+            assert line[column + 3 : column + 4] in ("", " ") and line[column + 4 : column + 5] not in ("", " ")
+        assert [names.strip().split(", ") for names in found] == list(expected.values())
 
 
 @pytest.mark.parametrize(

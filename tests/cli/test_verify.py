@@ -68,7 +68,7 @@ def test_json_is_one_object_with_the_documented_keys(cache: Path, images: Path) 
     assert data["reencoded"][0].keys() == {"file", "key", "difference", "tolerance", "ok"}
 
 
-def test_no_cache_at_all_ends_with_1(images: Path, tmp_path: Path) -> None:
+def test_no_cache_at_all_is_wrong_usage(images: Path, tmp_path: Path) -> None:
     result = sdvae("verify", images)
-    assert result.exit_code == 1 and "no latent cache" in result.stderr
-    assert sdvae("verify", tmp_path / "nothing").exit_code == 1
+    assert result.exit_code == 2 and "no latent cache" in result.stderr
+    assert sdvae("verify", tmp_path / "nothing").exit_code == 2

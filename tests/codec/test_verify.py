@@ -23,7 +23,7 @@ from sdvae.codec.manifest import MANIFEST_NAME
 from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
-from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
+from sdvae.errors import CheckpointError, ConfigError, SdvaeError
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
@@ -326,7 +326,7 @@ def test_a_prepared_image_of_another_version_is_not_compared(cache: Path, images
 
 def test_what_is_no_cache_is_an_error(tmp_path: Path, images: Path, vae_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", images / "a.png", images, vae_path):
-        with pytest.raises(LatentFileError, match="no latent cache"):
+        with pytest.raises(ConfigError, match="no latent cache"):
             verify_cache(path)
 
 

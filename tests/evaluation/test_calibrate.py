@@ -182,6 +182,17 @@ def test_the_judgement_follows_size_and_certainty(
     assert keeps == (verdict in ("matters", "unclear"))
 
 
+@pytest.mark.parametrize(("std", "error"), [(1.0, 0.01), (1.00004, 0.01), (0.99996, 1e-6), (1.0, None)])
+def test_a_std_that_is_1_to_the_digits_shown_is_not_told_apart_from_1(
+    make_vae: MakeVae, images: Path, std: float, error: float | None
+) -> None:
+    found = calibrate(make_vae(), images)
+    found = replace(found, present=replace(found.present, std=Estimate(value=std, standard_error=error)))
+    said = " ".join(found.judgement)
+    assert "have a standard deviation of 1, as it should be: keep the present value" in said
+    assert "instead of 1" not in said and "difference" not in said
+
+
 def test_how_many_images_would_do_is_said_where_these_are_too_few(make_vae: MakeVae, images: Path) -> None:
     found = calibrate(make_vae(), images)
     found = replace(found, num_images=100, scaling_factor=Estimate(value=0.2, standard_error=0.006))  # 3 %

@@ -24,6 +24,7 @@ from sdvae.checkpoints.push import card_digest
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.evaluation.card import build_card, write_card
+from sdvae.evaluation.card_result import load_audit
 from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -51,6 +52,26 @@ def result_for(folder: Path) -> EvaluationResult:
     result.vaes[0]["digest"] = digest_of(folder)
     result.dataset["source"] = "/home/someone/private/photos"
     return result
+
+
+def audit_for(folder: Path, **changed: Any) -> Path:
+    """audit.json, as if sdvae check had measured this VAE; fields that are changed to None are left out."""
+    verdicts = {
+        "float32": "fp32: safe, 121.7 bits of headroom at decoder.conv_in (peak 79.2)",
+        "bfloat16": "bf16: safe, 121.7 bits of headroom at decoder.conv_in (peak 79.2); not tried: no kernel",
+        "float16": "fp16: at risk, 0.2 bits of headroom at decoder.conv_in (peak 5.8e+04): another image may overflow",
+    }
+    data = {
+        "command": "check", "vae": "somewhere", "digest": digest_of(folder), "device": "cuda", "num_images": 1234,
+        "size_px": 192, "verdicts": [{"dtype": name, "sentence": said} for name, said in verdicts.items()],
+        "hazards": ["encoder.mid_block: attention logits reach 7e+04 | <b>"],
+        "probes": [
+            {"dtype": "bfloat16", "error": "no kernel"}, {"dtype": "float16", "size_px": 48, "num_images": 2},
+        ],
+    }  # fmt: skip
+    path = folder.parent / "audit.json"
+    path.write_text(json.dumps({name: value for name, value in (data | changed).items() if value is not None}))
+    return path
 
 
 @pytest.fixture
@@ -90,7 +111,7 @@ def run(tmp_path: Path, vae: Path) -> Path:
 
 def test_the_card_is_the_stored_one(vae: Path, run: Path) -> None:
     update_config(vae, {}, {"license": "apache-2.0", "source": "older", "rewrites": ["fix-fp16: decoder 2^-3"]})
-    text = build_card(vae, run=run, result=result_for(vae), repo="me/fine").text
+    text = build_card(vae, run=run, result=result_for(vae), audit=load_audit(audit_for(vae)), repo="me/fine").text
     # which programs take it is the subject of another module
     text = re.sub(r"\n## Programs.*?(?=\n## )", "", text, flags=re.DOTALL)
     text = re.sub(r"sdvae card, .*? -->", "sdvae card -->", text)
@@ -112,14 +133,18 @@ def test_the_hub_reads_the_front_matter(vae: Path) -> None:
 def test_a_card_of_the_vae_alone_has_no_number_that_its_files_do_not_have(vae: Path) -> None:
     card = build_card(vae)
     config, text = load_autoencoder(vae).config, card.text.split("\n## Programs")[0]
-    for phrase in ("## Training\n\nNot recorded here.", "## Evaluation\n\nNot measured.", "## Half precision"):
+    for phrase in (
+        "## Training\n\nNot recorded here.",
+        "## Evaluation\n\nNot measured.",
+        "## Half precision\n\nNot measured.",
+    ):
         assert phrase in card.text
     assert set(card.missing) == {
         "license: not stated",
         "training: not recorded",
         "scale: where scaling_factor comes from is not recorded",
         "quality: not measured",
-        "float16 and bfloat16: not measured",
+        "float16 and bfloat16: not measured; `sdvae check VAE --out DIR` does that, `--audit DIR` adds it",
     }
     assert all(f"- {line}\n" in card.text for line in card.missing)
     assert "license" not in ModelCard(card.text).data.to_dict()
@@ -142,6 +167,59 @@ def test_an_evaluation_or_run_of_another_vae_is_refused(vae: Path, run: Path, ma
     update_config(vae, {"scaling_factor": 0.5}, {})  # the latents are others now, and so are measurements of them
     with pytest.raises(ConfigError, match="another scale makes another VAE"):
         build_card(vae, result=result_for(make_vae("again", damage=fill, shift_factor=0.25)))
+
+
+def test_an_audit_alone_says_what_is_known_of_half_precision(vae: Path) -> None:
+    card = build_card(vae, audit=load_audit(audit_for(vae, num_images=1, hazards=[], probes=[])))
+    section = card.text.split("## Half precision\n\n")[1].split("\n## ")[0]
+    assert section.splitlines() == [
+        "`sdvae check`, peaks of all layers on 1 image, central squares of 192 px, on cuda:",
+        "",
+        "- fp16: at risk, 0.2 bits of headroom at decoder.conv_in (peak 5.8e+04): another image may overflow",
+        "- bf16: safe, 121.7 bits of headroom at decoder.conv_in (peak 79.2); not tried: no kernel",
+    ]
+    assert not any("float16" in line for line in card.missing) and "quality: not measured" in card.missing
+
+
+def test_an_evaluation_without_a_precision_test_says_nothing_of_half_precision(vae: Path) -> None:
+    result = result_for(vae)
+    del result.vaes[0]["stress"]
+    card = build_card(vae, result=result)
+    assert "## Half precision\n\nNot measured.\n" in card.text and "float16" in card.missing[-1]
+
+
+def test_an_audit_of_another_vae_is_refused(vae: Path, make_vae: MakeVae) -> None:
+    audit, other = load_audit(audit_for(vae)), make_vae("other")
+    with pytest.raises(ConfigError, match=f"another VAE than the one of the card, {digest_of(other)}: somewhere sha"):
+        build_card(other, audit=audit)
+    update_config(vae, {"scaling_factor": 0.5}, {})
+    with pytest.raises(ConfigError, match="another scale makes another VAE; audit this one: sdvae check VAE --out DIR"):
+        build_card(vae, audit=audit)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"command": "evaluate"}, "no audit"),
+        ({"digest": None}, "its `digest` is missing or damaged"),
+        ({"num_images": "four"}, "its `num_images` is missing or damaged"),
+        ({"size_px": None}, "its `size_px` is missing or damaged"),
+        ({"verdicts": None}, "its `verdicts` is missing or damaged"),
+        ({"verdicts": ["fp16"]}, "its `dtype` is missing or damaged"),
+        ({"verdicts": [{"dtype": "float16", "sentence": "fp16: safe"}]}, "its `bfloat16` is missing or damaged"),
+        ({"probes": [{"dtype": "float16"}]}, "its `num_images` is missing or damaged"),
+    ],
+)
+def test_a_damaged_audit_is_explained(vae: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"audit.json: {message}; expected the audit.json of sdvae check VAE --out"):
+        load_audit(audit_for(vae, **changed))
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b"", b'"text"'])
+def test_a_file_that_is_no_audit_is_explained(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "audit.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"audit.json: (not JSON \(|no audit).*; expected the audit.json"):
+        load_audit(tmp_path / "audit.json")
 
 
 def test_numbers_of_training_are_those_of_the_step_that_made_the_weights(vae: Path, run: Path) -> None:
