@@ -180,7 +180,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], Settings], int, str]] = {
         r"unknown tracker 'tensorbord'; did you mean 'tensorboard'\?",
     ),
     "tracker that is not installed": (not_installed, 2, r"which is not installed: pip install"),
-    "no such VAE to start from": (lambda _: {"model": {}, "training": {"init": "./nowhere"}}, 1, r"nowhere"),
+    "no such VAE to start from": (lambda _: {"model": {}, "training": {"init": "./nowhere"}}, 2, r"nowhere"),
 }
 
 
