@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has one core; threads of torch that fight over cores cost tenfold
@@ -95,6 +96,31 @@ def taesd_path(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "taesd"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """For tiny pipelines: a tokenizer of a few letters, and the configuration of a text encoder for its tokens."""
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(tokens) - 2,
+        eos_token_id=len(tokens) - 1,
+        pad_token_id=len(tokens) - 1,
+    )
+    return {"tokenizer": CLIPTokenizer.from_pretrained(folder, model_max_length=16), "config": config}
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ __all__ = [
     "file_name",
     "has_flipped",
     "is_file_name",
+    "mirrored_key",
     "read_all",
     "read_arrays",
     "read_header",
@@ -106,6 +107,11 @@ def read_header(path: Path) -> LatentHeader:
     """What a file says of itself. Raises: LatentFileError, also for a file that kohya's own tools wrote."""
     with _opened(path) as npz:
         return _header(npz, path)
+
+
+def mirrored_key(key: str) -> str:
+    """Names the random numbers of the draw for the mirrored image: its own, as those of another image."""
+    return f"{key}\0mirrored"
 
 
 def has_flipped(path: Path) -> bool:

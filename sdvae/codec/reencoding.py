@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdvae.codec.kohya import mirrored_key
 from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
 from sdvae.codec.manifest import CacheSettings
@@ -126,7 +127,7 @@ def _expected(
     expected = {"mean": posterior.mean[0], "logvar": posterior.logvar[0], "z": z(posterior, key)}
     expected["latents"] = expected["z"]
     if mirrored is not None:
-        expected["latents_flipped"] = z(mirrored, f"{key}\0mirrored")
+        expected["latents_flipped"] = z(mirrored, mirrored_key(key))
     return expected
 
 

@@ -19,7 +19,7 @@ from sdvae._version import __version__
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import Member, OnProgress, carry_out, make_folder
-from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS
+from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
@@ -142,7 +142,7 @@ class EncodeRun:
         if self.options.format == "kohya-npz":
             tensors["latents"] = tensors["z"].float() if "z" in tensors else self._z(posterior, key)
             for other in mirrored:  # a draw of its own, as for another image
-                tensors["latents_flipped"] = self._z(other, f"{key}\0mirrored")
+                tensors["latents_flipped"] = self._z(other, mirrored_key(key))
         return tensors
 
     def _z(self, posterior: DiagonalGaussian, key: str) -> Tensor:

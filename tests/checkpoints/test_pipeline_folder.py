@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from sdvae.checkpoints import convert as convert_module
 from sdvae.checkpoints.convert import convert
@@ -34,25 +34,9 @@ def make_vae(seed: int, *widths: int, **others: Any) -> StockAutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory, text_parts: dict[str, Any]) -> Path:
     """A tiny real Stable Diffusion pipeline, as diffusers writes it."""
     folder = tmp_path_factory.mktemp("pipeline")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    text = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )
     unet = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
@@ -67,8 +51,8 @@ def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         pipeline = StableDiffusionPipeline(
             vae=make_vae(0),
-            text_encoder=CLIPTextModel(text).eval(),
-            tokenizer=CLIPTokenizer.from_pretrained(folder, model_max_length=16),
+            text_encoder=CLIPTextModel(text_parts["config"]).eval(),
+            tokenizer=text_parts["tokenizer"],
             unet=UNet2DConditionModel(**unet).eval(),
             scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
             safety_checker=None,

@@ -28,7 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import to_diffusers
@@ -41,29 +41,6 @@ SCHEDULERS = {
     "DDIM": lambda: DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **NOISE),
     "PNDM": lambda: PNDMScheduler(skip_prk_steps=True, **NOISE),
 }
-
-
-@pytest.fixture(scope="module")
-def text_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tokenizer of a few letters, and the configuration of a text encoder that takes its tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(tokens) - 2,
-        eos_token_id=len(tokens) - 1,
-        pad_token_id=len(tokens) - 1,
-    )
-    return {"tokenizer": CLIPTokenizer.from_pretrained(folder, model_max_length=16), "config": config}
 
 
 def build_unet(**fields: Any) -> UNet2DConditionModel:
