@@ -1,0 +1,267 @@
+"""Encoding and decoding in strips of rows: the whole pass, with less work and in as much memory as there is.
+
+The numbers are those of the network's own `forward`, to rounding, at any size: statistics of a normalisation are merged
+over strips by the law of total variance, strips overlap by what a convolution looks at, and attention sees the whole
+latent. Strips also keep intermediate results in the cache and share the work between threads, so this is the fast path
+on CPUs. How strips are computed is in `rows.py`; here is the order of the network, what is stored on the way, and what
+is computed twice instead where memory is limited.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdvae.errors import ConfigError
+from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
+from sdvae.model.rows import Image, Kernel, Layer, Moments, Norm, Rows, Stored, build_kernel
+from sdvae.model.winograd import STEP, TileTransform
+
+__all__ = ["least_bytes", "streamed"]
+
+T = TypeVar("T")
+
+_one_pass = threading.Lock()  # the number of threads of torch is one for the whole process
+
+# Transformed weights by module, each with what tells whether the module's own have changed since.
+_transformed: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDictionary()
+
+STRIP_BYTES = 2 * 2**20  # of a strip of a layer's result, where that leaves more than the least number of rows
+LEAST_ROWS = 16
+SCRATCH_BYTES = 80 * 2**20  # of a thread, for blocks of tiles
+WEIGHT_BYTES = 150 * 2**20  # transformed weights of one layer
+
+
+def streamed(network: Encoder | Decoder, x: Tensor, max_bytes: int | None = None) -> Tensor:
+    """`network(x)` in strips, without gradients.
+
+    x: (B, C, H, W); images are computed one by one, so a batch changes no bit of any of them.
+    max_bytes: what intermediate results may take; None: all are stored that save work.
+    Returns: as `network.forward`. Raises: ConfigError where max_bytes is too little for this size.
+    """
+    grad = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
+    with grad, _one_pass, _Strips(network, x, max_bytes) as strips:
+        passes = strips.decode if isinstance(network, Decoder) else strips.encode
+        return torch.stack([passes(image) for image in x])
+
+
+def least_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: int = 4) -> int:
+    """What intermediate results take at least. height, width: of the image, px."""
+    levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
+    widths = [block.resnets[-1].conv2.out_channels for block in levels]
+    maps = [channels * (height >> level) * (width >> level) for level, channels in enumerate(widths)]
+    return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(STEP * width * max(widths[:2]), itemsize)
+
+
+def _work_bytes(strip_values: int, itemsize: int) -> int:
+    """What it takes to compute strips of so many values in all threads, and to hold the last ones."""
+    return torch.get_num_threads() * (8 * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
+
+
+class _Strips:
+    """A pass over images of one size: the parts of the network, what is stored, and the threads."""
+
+    def __init__(self, network: Encoder | Decoder, x: Tensor, max_bytes: int | None) -> None:
+        self._network = network
+        self._like = x
+        self._groups = network.conv_norm_out.num_groups
+        self._max_bytes = max_bytes
+        self._num_threads = torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> _Strips:
+        if self._like.device.type == "cpu" and self._num_threads > 1:
+            self._pool = ThreadPoolExecutor(
+                self._num_threads, "sdvae-strips", _begin_thread, (torch.is_inference_mode_enabled(),)
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._num_threads)
+
+    # The network
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x: (C, H, W). Returns: (2 * latent_channels, h, w)."""
+        network = self._network
+        h = self.store(self.layer(Image(x), network.conv_in))
+        for block in network.down_blocks:
+            for resnet in block.resnets:
+                h = self.resnet(h, resnet)
+            for downsample in block.downsamplers:
+                h = self.store(self.layer(h, downsample.conv), last_use=True)
+        h = self.mid_block(h, network.mid_block)
+        return self.image(self.layer(h, network.conv_out, self.norm(h, network.conv_norm_out, silu)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z: (latent_channels, h, w), after post_quant_conv. Returns: (C, H, W)."""
+        network = self._network
+        h = self.mid_block(self.store(self.layer(Image(z), network.conv_in)), network.mid_block)
+        for block in network.up_blocks:
+            for resnet in block.resnets:
+                h = self.resnet(h, resnet)
+            for upsample in block.upsamplers:
+                large = self.layer(h, upsample.conv, upsampling=True)
+                h = self.store(large, last_use=True) if self.has_room(h, large) else self.measure(large)
+        return self.image(self.layer(h, network.conv_out, self.norm(h, network.conv_norm_out, silu)))
+
+    def mid_block(self, h: Rows, block: UNetMidBlock2D) -> Rows:
+        h = self.resnet(h, block.resnets[0])
+        for attention in block.attentions:
+            h = self.attention(h, attention)
+        return self.resnet(h, block.resnets[1])
+
+    def resnet(self, x: Rows, block: ResnetBlock2D) -> Stored:
+        h: Rows = self.layer(x, block.conv1, self.norm(x, block.norm1, block.activation))
+        h = self.store(h) if self.has_room(x, h) else self.measure(h)
+        norm = self.norm(h, block.norm2, block.activation)
+        return self.store(self.layer(h, block.conv2, norm, shortcut=(x, block.conv_shortcut)), last_use=True)
+
+    def attention(self, x: Stored, layer: Attention) -> Stored:
+        whole = x.whole()  # (H, W, C)
+        tokens = torch.empty_like(whole)
+        self.norm(x, layer.group_norm, lambda h: h).write(whole, tokens)
+        tokens = tokens.view(-1, x.channels)  # (N, C)
+        q, k, v = (project(tokens)[None, None] for project in (layer.to_q, layer.to_k, layer.to_v))
+        h = layer.to_out[0](F.scaled_dot_product_attention(q, k, v)[0, 0])  # (N, C)
+        result = Stored.of(h.view_as(whole).add_(whole))
+        result.moments = Moments.of(result.whole(), self._groups)
+        return result
+
+    # Its layers
+
+    def norm(self, h: Rows, layer: nn.GroupNorm, activation: Callable[[Tensor], Tensor]) -> Norm:
+        return Norm.of(layer, h.moments, activation)
+
+    def layer(
+        self,
+        source: Rows,
+        conv: nn.Conv2d,
+        norm: Norm | None = None,
+        *,
+        upsampling: bool = False,
+        shortcut: tuple[Rows, nn.Conv2d | None] | None = None,
+    ) -> Layer:
+        kernel = build_kernel(conv, upsampling=upsampling, transformed=self._transformed)
+        return Layer(source, kernel, norm, shortcut)
+
+    def _transformed(self, conv: nn.Conv2d, transform: TileTransform) -> Tensor:
+        """Transformed weights: kept from pass to pass where memory is not limited, and the module is not changed."""
+        weight = conv.weight
+        if self._max_bytes is not None or weight.is_inference():  # whose changes are not counted
+            return transform.of_weight(weight)
+        state = (transform, weight.data_ptr(), weight._version)
+        kept = _transformed.get(conv)
+        if kept is None or kept[0] != state:
+            kept = _transformed[conv] = (state, transform.of_weight(weight))
+        return kept[1]
+
+    # What is stored
+
+    def has_room(self, source: Rows, result: Rows) -> bool:
+        """Whether both can be in memory."""
+        if self._max_bytes is None:
+            return True
+        itemsize = self._like.element_size()
+        work = _work_bytes(self._strip_rows(result) * result.width * max(source.channels, result.channels), itemsize)
+        return itemsize * (source.num_values + result.num_values) + work <= self._max_bytes
+
+    def store(self, node: Layer, last_use: bool = False) -> Stored:
+        """Compute all rows, and their moments. last_use: give back what it is computed from, strip by strip."""
+        rows = self._strip_rows(node)
+        stored = Stored(node.height, node.width, node.channels, self._like, rows)
+
+        def job(start: int, stop: int) -> Callable[[], Moments]:
+            place = stored.place(start, stop)
+            return lambda: Moments.of(node.compute(start, stop, place), self._groups)
+
+        stored.moments = Moments.merged(self._run(node, rows, job, last_use))
+        return stored
+
+    def measure(self, node: Layer) -> Layer:
+        """Compute all rows for their moments alone."""
+
+        def job(start: int, stop: int) -> Callable[[], Moments]:
+            return lambda: Moments.of(node.compute(start, stop), self._groups)
+
+        node.moments = Moments.merged(self._run(node, self._strip_rows(node), job, release=False))
+        return node
+
+    def image(self, node: Layer) -> Tensor:
+        """All rows of the last layer. Returns: (C, H, W)."""
+        image = self._like.new_empty(node.channels, node.height, node.width)
+
+        def job(start: int, stop: int) -> Callable[[], object]:
+            return lambda: image[:, start:stop].copy_(node.compute(start, stop).permute(2, 0, 1))
+
+        self._run(node, self._strip_rows(node), job, release=True)
+        return image
+
+    # How strips are computed
+
+    def _strip_rows(self, node: Rows) -> int:
+        """Rows of a strip. It depends on shapes alone, so that the number of threads changes no bit of the result."""
+        row_bytes = node.width * node.channels * self._like.element_size()
+        rows = max(LEAST_ROWS, STRIP_BYTES // row_bytes)
+        if self._max_bytes is not None:
+            while rows > 2 * STEP and _work_bytes(rows * row_bytes, 1) > self._max_bytes // 4:
+                rows //= 2
+        return -(-min(rows, -(-node.height // 2)) // (2 * STEP)) * 2 * STEP
+
+    def _run(self, node: Layer, rows: int, job: Callable[[int, int], Callable[[], T]], release: bool) -> list[T]:
+        """Do the jobs of all strips, in order or in threads. Returns: their results, in order."""
+        strips = [(start, min(start + rows, node.height)) for start in range(0, node.height, rows)]
+        workers = min(self._num_threads, len(strips))
+        if self._pool is None or workers == 1:
+            results = []
+            for start, stop in strips:
+                results.append(job(start, stop)())
+                if release:
+                    node.release(stop)
+            return results
+        inner = self._num_threads // workers
+        waiting: deque[tuple[int, Future[T]]] = deque()
+        results = []
+
+        def finish() -> None:
+            stop, future = waiting.popleft()
+            results.append(future.result())
+            if release:
+                node.release(stop)
+
+        torch.set_num_threads(inner)  # also that of MKL, which is one for all threads
+        try:
+            for start, stop in strips:
+                if len(waiting) >= workers + 1:
+                    finish()
+                waiting.append((stop, self._pool.submit(_with_threads, inner, job(start, stop))))
+            while waiting:
+                finish()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            torch.set_num_threads(self._num_threads)
+        return results
+
+
+def _begin_thread(inference: bool) -> None:
+    """Modes are of each thread; this one keeps its own to its end."""
+    torch.set_grad_enabled(False)
+    if inference:
+        torch.inference_mode().__enter__()
+
+
+def _with_threads(count: int, job: Callable[[], T]) -> T:
+    torch.set_num_threads(count)
+    return job()
