@@ -9,6 +9,7 @@ Letters of the shape comments: n rows of a strip, H, W and C height, width and c
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from sdvae.model.winograd import CONVOLUTION, STEP, UPSAMPLING, Scratch, TileTransform, tile_convolution
 
-__all__ = ["Image", "Kernel", "Layer", "Moments", "Norm", "Rows", "Stored", "build_kernel", "local_scratch"]
+__all__ = ["Image", "Kernel", "Layer", "Memory", "Moments", "Norm", "Rows", "Stored", "build_kernel", "local_scratch"]
 
 # Chunks above the size from which glibc's malloc gives memory straight back to the system when it is freed.
 CHUNK_BYTES = 40 * 2**20
@@ -120,20 +121,40 @@ class Image(Rows):
         return [self._x[:, start:stop].permute(1, 2, 0)]
 
 
+class Memory:
+    """Memory for chunks of rows. What was given back serves again: fresh memory costs a page fault every 4 KB."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self._free: list[Tensor] = []
+
+    def take(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        for index, chunk in enumerate(self._free):
+            if len(chunk) == size:
+                return self._free.pop(index).view(shape)
+        self._free.clear()  # of another size: what comes now is of this one
+        return self.like.new_empty(size).view(shape)
+
+    def give_back(self, chunk: Tensor) -> None:
+        self._free.append(chunk.view(-1))
+
+
 class Stored(Rows):
     """Rows in memory, in chunks, so that those which are used up can be given back while others are written."""
 
-    def __init__(self, height: int, width: int, channels: int, like: Tensor, strip: int) -> None:
+    def __init__(self, height: int, width: int, channels: int, memory: Memory, strip: int) -> None:
         self.height, self.width, self.channels = height, width, channels
-        self._like = like
-        row_bytes = width * channels * like.element_size()
-        self._chunk_rows = min(strip * max(1, CHUNK_BYTES // (strip * row_bytes)), height)
+        self._memory = memory
+        row_bytes = width * channels * memory.like.element_size()
+        chunk_rows = strip * max(1, CHUNK_BYTES // (strip * row_bytes))
+        self._chunk_rows = min(chunk_rows, -(-height // strip) * strip)
         self._chunks: list[Tensor | None] = [None] * -(-height // self._chunk_rows)
 
     @classmethod
-    def of(cls, whole: Tensor) -> Stored:
+    def of(cls, whole: Tensor, memory: Memory) -> Stored:
         """Rows that are there already. whole: (H, W, C), contiguous."""
-        stored = cls(*whole.shape, like=whole, strip=whole.shape[0])
+        stored = cls(*whole.shape, memory, strip=whole.shape[0])
         stored._chunk_rows, stored._chunks = whole.shape[0], [whole]
         return stored
 
@@ -141,8 +162,7 @@ class Stored(Rows):
         """Where rows are to be written, (n, W, C); they must not cross the border of a chunk, as no strip does."""
         index, first = divmod(start, self._chunk_rows)
         if (chunk := self._chunks[index]) is None:
-            rows = min(self._chunk_rows, self.height - start)
-            chunk = self._like.new_empty(rows, self.width, self.channels)
+            chunk = self._memory.take(self._chunk_rows, self.width, self.channels)
             self._chunks[index] = chunk
         return chunk[first : first + stop - start]
 
@@ -157,10 +177,11 @@ class Stored(Rows):
         return found
 
     def release(self, before: int) -> None:
-        for index in range(min(before, self.height) // self._chunk_rows):
-            self._chunks[index] = None
-        if before >= self.height:
-            self._chunks[-1] = None
+        used_up = len(self._chunks) if before >= self.height else before // self._chunk_rows
+        for index in range(used_up):
+            if (chunk := self._chunks[index]) is not None:
+                self._memory.give_back(chunk)
+                self._chunks[index] = None
 
     def whole(self) -> Tensor:
         """All rows. Returns: (H, W, C)."""
@@ -241,7 +262,7 @@ class _Winograd(Kernel):
     def __init__(self, weights: Tensor, bias: Tensor | None, transform: TileTransform) -> None:
         self._weights, self._bias, self._transform = weights, bias, transform
         self._phases = transform.phases
-        self.channels = weights.shape[1]
+        self.channels = weights.shape[2]
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         return self._phases * height, self._phases * width
@@ -322,6 +343,10 @@ class Layer(Rows):
             first, rows = start, self.compute(start, stop)
             self._last.rows = first, rows
         return [rows[start - first : stop - first]]
+
+    @property
+    def source(self) -> Rows:
+        return self._source
 
     def forget(self) -> None:
         """Drop the rows that were computed last."""

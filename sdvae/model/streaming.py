@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
 from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
-from sdvae.model.rows import Image, Kernel, Layer, Moments, Norm, Rows, Stored, build_kernel
-from sdvae.model.winograd import STEP, TileTransform
+from sdvae.model.rows import Image, Kernel, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
+from sdvae.model.winograd import STEP, TileTransform, block_tiles
 
 __all__ = ["least_bytes", "streamed"]
 
@@ -73,6 +73,7 @@ class _Strips:
     def __init__(self, network: Encoder | Decoder, x: Tensor, max_bytes: int | None) -> None:
         self._network = network
         self._like = x
+        self._memory = Memory(x)
         self._groups = network.conv_norm_out.num_groups
         self._max_bytes = max_bytes
         self._num_threads = torch.get_num_threads()
@@ -123,8 +124,8 @@ class _Strips:
         return self.resnet(h, block.resnets[1])
 
     def resnet(self, x: Rows, block: ResnetBlock2D) -> Stored:
-        h: Rows = self.layer(x, block.conv1, self.norm(x, block.norm1, block.activation))
-        h = self.store(h) if self.has_room(x, h) else self.measure(h)
+        inner = self.layer(x, block.conv1, self.norm(x, block.norm1, block.activation))
+        h = self.store(inner) if self.has_room(x, inner) else self.measure(inner)
         norm = self.norm(h, block.norm2, block.activation)
         return self.store(self.layer(h, block.conv2, norm, shortcut=(x, block.conv_shortcut)), last_use=True)
 
@@ -135,7 +136,7 @@ class _Strips:
         tokens = tokens.view(-1, x.channels)  # (N, C)
         q, k, v = (project(tokens)[None, None] for project in (layer.to_q, layer.to_k, layer.to_v))
         h = layer.to_out[0](F.scaled_dot_product_attention(q, k, v)[0, 0])  # (N, C)
-        result = Stored.of(h.view_as(whole).add_(whole))
+        result = Stored.of(h.view_as(whole).add_(whole), self._memory)
         result.moments = Moments.of(result.whole(), self._groups)
         return result
 
@@ -169,7 +170,7 @@ class _Strips:
 
     # What is stored
 
-    def has_room(self, source: Rows, result: Rows) -> bool:
+    def has_room(self, source: Rows, result: Layer) -> bool:
         """Whether both can be in memory."""
         if self._max_bytes is None:
             return True
@@ -180,7 +181,7 @@ class _Strips:
     def store(self, node: Layer, last_use: bool = False) -> Stored:
         """Compute all rows, and their moments. last_use: give back what it is computed from, strip by strip."""
         rows = self._strip_rows(node)
-        stored = Stored(node.height, node.width, node.channels, self._like, rows)
+        stored = Stored(node.height, node.width, node.channels, self._memory, rows)
 
         def job(start: int, stop: int) -> Callable[[], Moments]:
             place = stored.place(start, stop)
@@ -210,10 +211,12 @@ class _Strips:
 
     # How strips are computed
 
-    def _strip_rows(self, node: Rows) -> int:
+    def _strip_rows(self, node: Layer) -> int:
         """Rows of a strip. It depends on shapes alone, so that the number of threads changes no bit of the result."""
         row_bytes = node.width * node.channels * self._like.element_size()
-        rows = max(LEAST_ROWS, STRIP_BYTES // row_bytes)
+        phases = node.height // node.source.height or 1
+        tile_rows = -(-block_tiles(node.source.channels) // -(-node.source.width // STEP))
+        rows = max(LEAST_ROWS, STRIP_BYTES // row_bytes, tile_rows * STEP * phases)
         if self._max_bytes is not None:
             while rows > 2 * STEP and _work_bytes(rows * row_bytes, 1) > self._max_bytes // 4:
                 rows //= 2
