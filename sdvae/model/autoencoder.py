@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.errors import ConfigError
+from sdvae.model.execution import TILING_MODES, execute
 from sdvae.model.layers import Decoder, Encoder
 from sdvae.model.posterior import DiagonalGaussian
 from sdvae.model.tiling import blended_tiles
@@ -97,6 +98,9 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
 
         self.use_slicing = False
         self.use_tiling = False
+        self.tiling_mode = "blended"  # or exact, auto; counts while use_tiling is set
+        self.max_memory_bytes: int | None = None  # for exact tiling, with what is in use already; None: what is free
+        self.use_fast_path = False  # set by `sdvae.optimize`: in strips where that is faster; equal to rounding
         sample_size_px = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
         self.tile_sample_min_size = sample_size_px
         self.tile_latent_min_size = sample_size_px // self.spatial_compression_ratio
@@ -146,21 +150,29 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         return self.decode(z, return_dict=return_dict)
 
     def _encode(self, x: Tensor) -> Tensor:
-        if self.use_tiling and max(x.shape[-2:]) > self.tile_sample_min_size:
+        if self._blends and max(x.shape[-2:]) > self.tile_sample_min_size:
             return self._tiled(self._moments, x, self.tile_sample_min_size, self.tile_latent_min_size)
         return self._moments(x)
 
     def _decode(self, z: Tensor) -> Tensor:
-        if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
+        if self._blends and max(z.shape[-2:]) > self.tile_latent_min_size:
             return self._tiled(self._recon, z, self.tile_latent_min_size, self.tile_sample_min_size)
         return self._recon(z)
 
+    @property
+    def _blends(self) -> bool:
+        return self.use_tiling and self.tiling_mode == "blended"
+
     def _moments(self, x: Tensor) -> Tensor:
-        h = self.encoder(x)
+        h = self._run(self.encoder, x)
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _recon(self, z: Tensor) -> Tensor:
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
+        mode = self.tiling_mode if self.use_tiling and not self._blends else "off"
+        return execute(network, x, fast=self.use_fast_path, mode=mode, max_bytes=self.max_memory_bytes)
 
     def _tiled(self, function, x: Tensor, tile: int, out_tile: int) -> Tensor:  # type: ignore[no-untyped-def]
         stride = int(tile * (1 - self.tile_overlap_factor))
@@ -180,13 +192,47 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         """Run a batch in one pass (the default)."""
         self.use_slicing = False
 
-    def enable_tiling(self) -> None:
-        """Run images larger than `sample_size` in blended tiles, as diffusers does: less memory, approximate result."""
-        self.use_tiling = True
+    def enable_tiling(
+        self,
+        mode: str = "blended",
+        *,
+        max_memory_bytes: int | None = None,
+        tile_size_px: int | None = None,
+        overlap: float | None = None,
+    ) -> None:
+        """Less memory for large images.
+
+        mode: blended: images larger than a tile run in blended tiles, as diffusers does; approximate. exact: in strips,
+            with the result of one pass, to rounding; without gradients. auto: in one pass, and exactly in strips where
+            that does not fit into memory.
+        max_memory_bytes: of exact and auto, with what is in use already: by the process on a CPU, by tensors elsewhere;
+            None: what is free.
+        tile_size_px, overlap: of blended tiles; a multiple of the compression ratio, and the share of a tile, 0 to below
+            1, that two tiles have in common. None: `sample_size`, and 0.25, as diffusers.
+        Raises: ConfigError.
+        """
+        if mode not in TILING_MODES or mode == "off":
+            raise ConfigError(f"tiling is '{mode}'; expected blended, exact or auto")
+        if mode == "blended" and max_memory_bytes is not None:
+            raise ConfigError("blended tiling is given max_memory_bytes; its memory is decided by tile_size_px")
+        if mode != "blended" and (tile_size_px, overlap) != (None, None):
+            raise ConfigError(f"{mode} tiling is given a tile size or overlap; it has no tiles to choose: leave them out")
+        if tile_size_px is not None:
+            if tile_size_px < 1 or tile_size_px % self.spatial_compression_ratio:
+                raise ConfigError(
+                    f"tile_size_px is {tile_size_px}; expected a multiple of {self.spatial_compression_ratio}"
+                )
+            self.tile_sample_min_size = tile_size_px
+            self.tile_latent_min_size = tile_size_px // self.spatial_compression_ratio
+        if overlap is not None:
+            if not 0 <= overlap < 1 or int(self.tile_latent_min_size * (1 - overlap)) < 1:
+                raise ConfigError(f"overlap is {overlap}; expected 0 to below 1, with a latent position left of each tile")
+            self.tile_overlap_factor = overlap
+        self.use_tiling, self.tiling_mode, self.max_memory_bytes = True, mode, max_memory_bytes
 
     def disable_tiling(self) -> None:
         """Run images of any size in one pass (the default)."""
-        self.use_tiling = False
+        self.use_tiling, self.tiling_mode, self.max_memory_bytes = False, "blended", None
 
 
 def _check_blocks(

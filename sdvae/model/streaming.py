@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdvae.errors import ConfigError
 from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
 from sdvae.model.rows import Image, Kernel, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
 from sdvae.model.winograd import STEP, TileTransform, block_tiles
 
-__all__ = ["least_bytes", "streamed"]
+__all__ = ["least_bytes", "most_bytes", "streamed"]
 
 T = TypeVar("T")
 
@@ -46,7 +45,7 @@ def streamed(network: Encoder | Decoder, x: Tensor, max_bytes: int | None = None
 
     x: (B, C, H, W); images are computed one by one, so a batch changes no bit of any of them.
     max_bytes: what intermediate results may take; None: all are stored that save work.
-    Returns: as `network.forward`. Raises: ConfigError where max_bytes is too little for this size.
+    Returns: as `network.forward`. Uses more than max_bytes where that is below `least_bytes`.
     """
     grad = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
     with grad, _one_pass, _Strips(network, x, max_bytes) as strips:
@@ -60,6 +59,18 @@ def least_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: i
     widths = [block.resnets[-1].conv2.out_channels for block in levels]
     maps = [channels * (height >> level) * (width >> level) for level, channels in enumerate(widths)]
     return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(STEP * width * max(widths[:2]), itemsize)
+
+
+def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: int = 4) -> int:
+    """What intermediate results take where memory is not limited. height, width: of the image, px."""
+    levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
+    largest = max(
+        (block.resnets[0].conv1.in_channels + block.resnets[0].conv1.out_channels) * (height >> level) * (width >> level)
+        for level, block in enumerate(levels)
+    )
+    kept = 4 * sum(parameter.numel() for parameter in network.parameters())  # transformed weights
+    least = least_bytes(network, height, width, itemsize)
+    return itemsize * (largest + kept) + max(least - itemsize * largest, _work_bytes(STRIP_BYTES // itemsize, itemsize))
 
 
 def _work_bytes(strip_values: int, itemsize: int) -> int:
@@ -81,9 +92,7 @@ class _Strips:
 
     def __enter__(self) -> _Strips:
         if self._like.device.type == "cpu" and self._num_threads > 1:
-            self._pool = ThreadPoolExecutor(
-                self._num_threads, "sdvae-strips", _begin_thread, (torch.is_inference_mode_enabled(),)
-            )
+            self._pool = ThreadPoolExecutor(self._num_threads, "sdvae-strips")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -233,7 +242,7 @@ class _Strips:
                 if release:
                     node.release(stop)
             return results
-        inner = self._num_threads // workers
+        inner, inference = self._num_threads // workers, torch.is_inference_mode_enabled()
         waiting: deque[tuple[int, Future[T]]] = deque()
         results = []
 
@@ -248,7 +257,7 @@ class _Strips:
             for start, stop in strips:
                 if len(waiting) >= workers + 1:
                     finish()
-                waiting.append((stop, self._pool.submit(_with_threads, inner, job(start, stop))))
+                waiting.append((stop, self._pool.submit(_in_thread, inner, inference, job(start, stop))))
             while waiting:
                 finish()
         finally:
@@ -258,13 +267,8 @@ class _Strips:
         return results
 
 
-def _begin_thread(inference: bool) -> None:
-    """Modes are of each thread; this one keeps its own to its end."""
-    torch.set_grad_enabled(False)
-    if inference:
-        torch.inference_mode().__enter__()
-
-
-def _with_threads(count: int, job: Callable[[], T]) -> T:
+def _in_thread(count: int, inference: bool, job: Callable[[], T]) -> T:
+    """A job in the modes of the thread that waits for it; torch has them for each thread."""
     torch.set_num_threads(count)
-    return job()
+    with torch.inference_mode(inference), torch.no_grad():
+        return job()
