@@ -19,7 +19,7 @@ from sdvae.codec.manifest import (
 )
 from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.parts import Part
-from sdvae.errors import ConfigError
+from sdvae.errors import ConfigError, SdvaeError
 
 __all__ = ["MergeReport", "merge_finished_parts", "merge_parts"]
 
@@ -67,9 +67,7 @@ def merge_parts(path: str | Path) -> MergeReport:
     formats = sorted({format for format in map(manifest_format, parts.values()) if format})
     if len(counts) > 1 or len(formats) > 1:
         differing = f"{' and '.join(map(str, counts))} parts" if len(counts) > 1 else " and ".join(formats)
-        raise ConfigError(
-            f"{out} holds manifests of different runs ({differing}): delete {MANIFEST_NAME} of the old one"
-        )
+        raise ConfigError(f"{out} holds manifests of different runs ({differing}): delete those of the old one")
     states, missing = _states(out, counts[0])
     if missing:
         return _report(out, formats[0], states, missing)
@@ -83,20 +81,23 @@ def merge_parts(path: str | Path) -> MergeReport:
     (out / WITHDRAWN_NAME).unlink(missing_ok=True)
     warnings = []
     if len(manifest.settings) > 1 and manifest.format in SHARDED_FORMATS:
-        warnings.append(
-            "the shards were made with different settings or VAEs: encode all parts again with the same ones"
-        )
+        warnings.append("the parts have shards of different settings or VAEs: encode all with the same ones")
     return _report(out, formats[0], states, (), merged, manifest.num_files, manifest.num_items, tuple(warnings))
 
 
-def merge_finished_parts(out: Path) -> Path | None:
+def merge_finished_parts(out: Path) -> tuple[Path | None, tuple[str, ...]]:
     """Merge where all parts have come to their end, as the last of them does.
 
-    Returns: OUT/manifest.jsonl, also where it is there already; None while parts are missing.
+    Returns: OUT/manifest.jsonl, also where it is there already, or None while parts are missing; and warnings, also
+    of what keeps the parts from being merged: what this one has encoded is whole all the same.
     """
+    warnings: tuple[str, ...] = ()
     if not (out / MANIFEST_NAME).is_file():
-        merge_parts(out)
-    return out / MANIFEST_NAME if (out / MANIFEST_NAME).is_file() else None
+        try:
+            warnings = merge_parts(out).warnings
+        except (SdvaeError, OSError) as error:
+            warnings = (f"the parts could not be merged: {error}",)
+    return (out / MANIFEST_NAME if (out / MANIFEST_NAME).is_file() else None), warnings
 
 
 def _states(out: Path, count: int) -> tuple[list[PartState], tuple[str, ...]]:

@@ -67,6 +67,11 @@ class Plan:
         """0, or 3 where some files are refused."""
         return 3 if self.failures else 0
 
+    @classmethod
+    def joined(cls, parts: Sequence[Plan]) -> Plan:
+        """The plan of all parts of a run."""
+        return cls(items=tuple(sorted((item for part in parts for item in part.items), key=lambda item: item.key)))
+
     def to_json(self) -> dict[str, Any]:
         """Counts, and the items in order."""
         return {

@@ -171,7 +171,8 @@ class EncodeRun:
         fields = tally.to_fields(self.plan, self.out, self.vae)
         manifest = listing.close(writer.written, complete=True, num_failed=fields["failed"])
         if self.options.part is not None:
-            manifest = merge_finished_parts(self.out) or manifest
+            merged, warnings = merge_finished_parts(self.out)
+            manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
         return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
 
 
