@@ -21,10 +21,10 @@ __all__ = ["CacheWriter"]
 class CacheWriter:
     """The files of some jobs: `add` for each latent (from any thread), and `finish` for each shard."""
 
-    def __init__(self, out: Path, format: str, jobs: Iterable[Item]) -> None:
+    def __init__(self, out: Path, format: str, jobs: Iterable[Item], written: dict[str, ListedFile]) -> None:
         self.out = out
         self.format = format
-        self.written: dict[str, ListedFile] = {}  # so far, by path below `out`
+        self._written = written  # takes the files that are written, by path below `out`
         self._shard: list[TensorItem] = []  # of the shard that is being filled
         self._redone: dict[Path, set[str]] = {}  # keys that are encoded anew, by shard
         for job in jobs:
@@ -57,4 +57,4 @@ class CacheWriter:
         data = encode_file(items, self.format)
         write_atomic(data, output)
         listed = list_file(self.out, output, data, [(header, shape_of(tensors)) for header, tensors in items])
-        self.written[listed.file.path] = listed
+        self._written[listed.file.path] = listed

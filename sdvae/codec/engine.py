@@ -73,6 +73,15 @@ class Tally:
         held, self.held = self.held, []
         return held
 
+    def add(self, other: Tally) -> None:
+        """Count what was done elsewhere."""
+        self.done += other.done
+        self.megapixels += other.megapixels
+        self.failures += other.failures
+        self.notes += other.notes
+        self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
+        self._tell()
+
     def fail(self, item: Item, error: Exception) -> None:
         reason = reason_without_path(error, item.source).removeprefix(f"{item.output}: ")
         self.failures.append(_about(item, reason))

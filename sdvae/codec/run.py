@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sdvae.codec.engine import Member, OnProgress, Tally, carry_out, prepare_fol
 from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
-from sdvae.codec.listing import CacheListing
+from sdvae.codec.listing import CacheListing, ListedFile
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
 from sdvae.codec.merging import merge_finished_parts
 from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
@@ -54,10 +54,7 @@ class ImageEncoder:
         )
 
     def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> Tally:
-        """Do the jobs; `writer` knows of every file that was written, also where this raises.
-
-        Raises: SdvaeError where the disk is full.
-        """
+        """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
 
         def write(member: Member, moments: Tensor) -> None:
             writer.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
@@ -150,7 +147,11 @@ class EncodeRun:
         self.options = options or EncodeOptions()
         self.out = Path(out)
         files = find_images(images) if isinstance(images, (str, Path)) else images
-        self.vae = open_vae(vae, self.options)
+        self._on_ray = self.options.engine == "ray"
+        if self._on_ray:
+            _check_ray(vae)
+        self._ref = vae
+        self.vae = open_vae(vae, replace(self.options, device="cpu") if self._on_ray else self.options)
         self.encoder = ImageEncoder(self.out, self.options, self.vae)
         self.plan = plan_encode(files, self.out, self.options, self.encoder.preprocessing, self.vae.record)
 
@@ -159,21 +160,33 @@ class EncodeRun:
         prepare_folder(self.plan, self.out)
         listing = CacheListing(self.out, self.options.format, self.options.part)
         listing.begin(self.plan)
-        writer = CacheWriter(self.out, self.options.format, self.plan.jobs)
+        written: dict[str, ListedFile] = {}
         try:
-            tally = self.encoder.encode(self.plan, writer, on_progress)
+            tally, device = self._carry_out(written, on_progress)
         except BaseException:
             with contextlib.suppress(OSError):  # the next run completes the list
-                listing.close(writer.written, complete=False, num_failed=0)
+                listing.close(written, complete=False, num_failed=0)
             raise
         if self.options.format == "kohya-npz":
             tally.warnings += _scale_warnings(self.vae.record, self.options.trainer_suffix)
-        fields = tally.to_fields(self.plan, self.out, self.vae)
-        manifest = listing.close(writer.written, complete=True, num_failed=fields["failed"])
+        fields = tally.to_fields(self.plan, self.out, self.vae) | {"device": device}
+        manifest = listing.close(written, complete=True, num_failed=fields["failed"])
         if self.options.part is not None:
             merged, warnings = merge_finished_parts(self.out)
             manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
         return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
+
+    def _carry_out(self, written: dict[str, ListedFile], on_progress: OnProgress | None) -> tuple[Tally, str]:
+        """Do the jobs of the plan. Returns: what happened, and on which device.
+
+        written: takes the files that were written, also where this raises.
+        """
+        if self._on_ray:
+            from sdvae.codec.ray_engine import encode_on_ray
+
+            return encode_on_ray(self.plan, self.out, self.options, self._ref, self.vae.record, written, on_progress)
+        writer = CacheWriter(self.out, self.options.format, self.plan.jobs, written)
+        return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
 
 
 class DecodeRun:
@@ -346,6 +359,15 @@ def decode_folder(
         shard=shard,
     )
     return DecodeRun(latents, out, vae, options).run(on_progress)
+
+
+def _check_ray(vae: VaeRef) -> None:
+    """Raises: ConfigError where Ray is not installed, or its workers could not load the VAE."""
+    from sdvae.codec.ray_engine import check_installed
+
+    check_installed()
+    if vae is not None and not isinstance(vae, (str, Path)):
+        raise ConfigError("engine ray loads the VAE in every worker: give its folder, file or hub id, not a loaded one")
 
 
 def _check_format(options: EncodeOptions, vae: LoadedVae) -> None:
