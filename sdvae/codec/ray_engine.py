@@ -176,11 +176,16 @@ def _ray(workers: int | None) -> Iterator[int]:
     ours = not ray.is_initialized()
     if ours:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            cores = max(os.cpu_count() or 1, workers or 1)
-            ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(**quiet)
+            else:
+                cores = max(os.cpu_count() or 1, workers or 1)
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = f"cannot be reached at RAY_ADDRESS={address}" if address else "cannot be started on this machine"
+            raise SdvaeError(f"Ray {where}: {error}") from error
     try:
         yield int(ray.cluster_resources().get("GPU", 0))
     finally:

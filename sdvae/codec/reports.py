@@ -104,6 +104,7 @@ def join_reports(reports: Sequence[Report]) -> Report:
         notes=tuple(sorted((each for report in reports for each in report.notes), key=lambda each: each.key)),
         warnings=tuple(dict.fromkeys(each for report in reports for each in report.warnings)),
     )
-    if isinstance(joined, EncodeReport):  # all parts have ended, so the last of them has merged the manifests
-        return replace(joined, manifest=str(Path(joined.out) / MANIFEST_NAME))
+    for report in reports:
+        if isinstance(report, EncodeReport) and Path(report.manifest).name == MANIFEST_NAME:
+            return replace(joined, manifest=report.manifest)  # the last part to end has merged those of all
     return joined
