@@ -91,9 +91,14 @@ class DecodeReport(CodecReport):
 
 def join_reports(reports: Sequence[Report]) -> Report:
     """One report of the parts of a run that went on at the same time."""
-    first = reports[0]
-    joined = replace(
-        first,
+    # the last part to end has merged the manifests of all
+    merged = [
+        {"manifest": report.manifest}
+        for report in reports
+        if isinstance(report, EncodeReport) and Path(report.manifest).name == MANIFEST_NAME
+    ]
+    return replace(
+        reports[0],
         device=", ".join(sorted({report.device for report in reports})),
         done=sum(report.done for report in reports),
         skipped=sum(report.skipped for report in reports),
@@ -103,8 +108,5 @@ def join_reports(reports: Sequence[Report]) -> Report:
         failures=tuple(sorted((each for report in reports for each in report.failures), key=lambda each: each.key)),
         notes=tuple(sorted((each for report in reports for each in report.notes), key=lambda each: each.key)),
         warnings=tuple(dict.fromkeys(each for report in reports for each in report.warnings)),
+        **(merged[0] if merged else {}),
     )
-    for report in reports:
-        if isinstance(report, EncodeReport) and Path(report.manifest).name == MANIFEST_NAME:
-            return replace(joined, manifest=report.manifest)  # the last part to end has merged those of all
-    return joined
