@@ -22,8 +22,8 @@ def plan_or_run(
 
     Of several processes the main one prints for all, and ends with the exit code of all.
     """
+    from sdvae.codec.merging import join_reports
     from sdvae.codec.plan import Plan
-    from sdvae.codec.reports import join_reports
 
     command = ctx.info_name or ""
     if dry_run:
