@@ -330,6 +330,17 @@ def test_a_part_does_not_change_shards_that_are_not_its_own(
     assert encode_folder(images, out, **options).done == 6
 
 
+@sharded
+def test_a_part_does_not_look_into_shards_that_another_may_be_writing(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+) -> None:
+    images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
+    options = {"vae": vae_path, **options_for(format)}
+    encode_folder(images, out, shard="2/2", **options)
+    find_cache_files(out, format)[0].write_bytes(b"gone before it could be read")
+    assert encode_folder(images, out, shard="1/2", **options).exit_code == 0
+
+
 def test_parts_of_different_settings_are_said_to_be(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
     options = {"vae": vae_path, **options_for("webdataset")}
