@@ -56,10 +56,11 @@ def encode_command(
 ) -> None:
     """Encode IMAGES into one latent file each, or into shards, in the folder OUT.
 
-    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list. Run again, it does what is
-    missing or stale: where the image, the VAE or the options changed. OUT/manifest.jsonl lists the
-    latents, with digests. With --shard, under `accelerate launch` and with --engine ray the work is
-    divided (docs/scale.md).
+    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list; or tar shards of images: a
+    .tar, a folder of these, or a glob. Run again, it does what is missing or stale: where the image, the VAE or the
+    options changed. OUT/manifest.jsonl lists the latents, with digests.
+
+    --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
     launched, settings = join_launched(EncodeOptions(**options))
     if launched.is_main:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -21,7 +21,7 @@ from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing
 from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions, RunOptions
 from sdvae.codec.parts import Part
 from sdvae.data.images import EncodedImage
-from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, file_digest, os_reason
+from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, TarMember, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
 __all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
@@ -42,6 +42,12 @@ class Item:
     output: Path
     action: Action
     reason: str
+    member: TarMember | None = None  # where the input is an image in a tar
+
+    def to_json(self) -> dict[str, Any]:
+        """What a user may want to know of it."""
+        names = ("key", "source", "output", "action", "reason")
+        return {name: str(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ class Plan:
                 "skip": len(self.skips),
                 "fail": len(self.failures),
             },
-            "items": [asdict(item) | {"source": str(item.source), "output": str(item.output)} for item in self.items],
+            "items": [item.to_json() for item in self.items],
         }
 
 
@@ -119,6 +125,10 @@ def plan_encode(
     return _plan_latent_files(images, out, options, why_stale)
 
 
+def _item(image: ImageFile, output: Path, action: Action, reason: str) -> Item:
+    return Item(key=image.key, source=image.path, output=output, action=action, reason=reason, member=image.member)
+
+
 WhyStale = Callable[[LatentHeader, ImageFile], str | None]
 
 
@@ -137,7 +147,7 @@ def _plan_latent_files(images: Sequence[ImageFile], out: Path, options: EncodeOp
         found = _header_or_error(output)
         stale = why_stale(found, image) if isinstance(found, LatentHeader) else None
         action, reason = _decide(output, isinstance(found, LatentHeader), stale, options.overwrite, "latent file")
-        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+        items.append(_item(image, output, action, reason))
     return Plan(items=tuple(items))
 
 
@@ -155,10 +165,10 @@ def _kohya_items(images: Sequence[ImageFile], out: Path, options: EncodeOptions,
     for image in images:
 
         def item(output: Path, action: Action, reason: str, image: ImageFile = image) -> Item:
-            return Item(key=image.key, source=image.path, output=output, action=action, reason=reason)
+            return _item(image, output, action, reason)
 
         try:
-            size = EncodedImage(str(image.path), image.path).size()
+            size = EncodedImage(str(image.path), image.content()).size()
         except ImageError as error:
             yield item(out / image.key, "fail", reason_without_path(error, image.path))
             continue
@@ -229,7 +239,7 @@ def _plan_shards(
                 f"{image.key!r} is to be encoded again ({reason}), but it is in {output}, which part {options.shard} "
                 "may not change: encode without --shard, with the parts of that time, or into another folder"
             )
-        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+        items.append(_item(image, output, action, reason))
     return Plan(items=tuple(items))
 
 
@@ -408,10 +418,9 @@ def _why_settings_differ(
 
 def _why_source_differs(header: LatentHeader, image: ImageFile) -> str | None:
     try:
-        stat = image.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) == (header.source.size_bytes, header.source.mtime_ns):
+        if image.stamp() == (header.source.size_bytes, header.source.mtime_ns):
             return None
-        return None if file_digest(image.path) == header.source.digest else "the source changed"
+        return None if image.digest() == header.source.digest else "the source changed"
     except (OSError, ImageError):
         return "the source cannot be read"  # the run then says why
 

@@ -108,7 +108,7 @@ def encode_on_ray(
 
     # a worker has a working directory of its own
     out = out.absolute()
-    jobs = [replace(job, source=job.source.absolute(), output=job.output.absolute()) for job in plan.jobs]
+    jobs = [_absolute(job) for job in plan.jobs]
     vae = Path(vae).absolute() if isinstance(vae, (str, Path)) and Path(vae).exists() else vae
     with _ray(options.ray_workers) as num_gpus:
         workers = options.ray_workers or num_gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -126,6 +126,11 @@ def encode_on_ray(
         finally:
             remove_leftovers({out} | {job.output.parent for job in jobs})  # of workers that were killed
     return tally, ", ".join(sorted(devices))
+
+
+def _absolute(job: Item) -> Item:
+    member = replace(job.member, tar=job.member.tar.absolute()) if job.member else None
+    return replace(job, source=job.source.absolute(), output=job.output.absolute(), member=member)
 
 
 def _blocks(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:

@@ -29,8 +29,16 @@ from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
 from sdvae.codec.parquet_cache import check_installed
 from sdvae.codec.plan import Item, LatentSource, Plan, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
 from sdvae.codec.reports import DecodeReport, EncodeReport
-from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image, x_to_image
-from sdvae.data.sources import ImageFile, file_digest, find_images
+from sdvae.data.images import (
+    DEFAULT_MAX_PIXELS,
+    PREPROCESSING_VERSION,
+    image_to_x,
+    read_image,
+    read_image_bytes,
+    x_to_image,
+)
+from sdvae.data.sources import ImageFile
+from sdvae.data.tar_images import find_images_or_tars
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.model.posterior import DiagonalGaussian, image_generator
@@ -72,9 +80,10 @@ class ImageEncoder:
         )
 
     def _read(self, item: Item) -> Member:
-        status = item.source.stat()  # before the bytes: a change while they are read shows in the next run
-        digest = file_digest(item.source)
-        image = read_pixels(item.source, self.options)
+        file = ImageFile(item.key, item.source, item.member)
+        size_bytes, mtime_ns = file.stamp()  # before the bytes: a change while they are read shows in the next run
+        digest = file.digest()
+        image = read_pixels(file.content(), self.options, str(item.source))
         pixels = image.pixels
         x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
         if self.options.format == "kohya-npz" and (reason := why_no_bucket(pixels.shape[1], pixels.shape[0])):
@@ -87,8 +96,8 @@ class ImageEncoder:
             source=SourceRecord(
                 key=item.key,
                 digest=digest,
-                size_bytes=status.st_size,
-                mtime_ns=status.st_mtime_ns,
+                size_bytes=size_bytes,
+                mtime_ns=mtime_ns,
                 width=image.source_size.width,
                 height=image.source_size.height,
             ),
@@ -146,7 +155,7 @@ class EncodeRun:
     ) -> None:
         self.options = options or EncodeOptions()
         self.out = Path(out)
-        files = find_images(images) if isinstance(images, (str, Path)) else images
+        files = find_images_or_tars(images) if isinstance(images, (str, Path)) else images
         self._on_ray = self.options.engine == "ray"
         if self._on_ray:
             _check_ray(vae)
@@ -255,9 +264,16 @@ class PreparedImage:
     notes: tuple[str, ...]
 
 
-def read_pixels(path: Path, options: EncodeOptions) -> PreparedImage:
-    """Read an image and do what the options ask for: background, limit, resizing and cropping. Raises: ImageError."""
-    read = read_image(path, background=options.background, max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS)
+def read_pixels(content: Path | bytes, options: EncodeOptions, name: str = "") -> PreparedImage:
+    """Read an image and do what the options ask for: background, limit, resizing and cropping.
+
+    name: of an image that comes as bytes, for messages. Raises: ImageError.
+    """
+    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
+    if isinstance(content, Path):
+        read = read_image(content, background=options.background, max_pixels=max_pixels)
+    else:
+        read = read_image_bytes(content, name, background=options.background, max_pixels=max_pixels)
     height, width = read.pixels.shape[:2]
     pixels = read.pixels
     if options.size is not None:
@@ -293,7 +309,8 @@ def encode_folder(
 ) -> EncodeReport:
     """Encode images to one latent file each, or to shards; what is up to date already is skipped.
 
-    images: a folder (its tree is mirrored), a file, a glob or a .txt list, or what `find_images` returned.
+    images: a folder (its tree is mirrored), a file, a glob or a .txt list, tar files of images or a folder or glob of
+        these, or what `find_images` returned.
     vae: a folder, a file or a hub id; None for the bundled one; a loaded model runs where and as it is.
     The options are those of `EncodeOptions`. Files that fail are recorded in the report, and the rest goes on.
     Raises: ConfigError and CheckpointError before anything is written; SdvaeError where the disk is full.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -368,6 +369,31 @@ def test_a_damaged_image_is_reported_by_its_part_and_by_the_merge(
     (images / key).write_bytes(whole)
     assert encode_folder(images, out, shard="2/2", **options).done == 1
     assert (merge_parts(out).exit_code, read_manifest(out).num_items) == (0, 6)
+
+
+@each_format
+def test_tar_shards_of_images_are_divided_as_files_are(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+) -> None:
+    images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
+    (tmp_path / "tars").mkdir()
+    for number, names in enumerate((list(numbered(6))[:4], list(numbered(6))[4:])):
+        with tarfile.open(tmp_path / f"tars/{number}.tar", "w") as tar:
+            for name in names:
+                tar.add(images / name, name)
+    options = {"vae": vae_path, **options_for(format)}
+    reports = in_parts(tmp_path / "tars", out, 3, **options)
+    assert sum(report.done for report in reports) == 6 == read_manifest(out).num_items
+    encode_folder(images, tmp_path / "whole", **options)
+
+    def means(folder: Path) -> dict[str, list[float]]:
+        items = [item for path in find_cache_files(folder, format) for item in read_items(path, format)]
+        return {h.source.digest: t["mean"].flatten().tolist() for h, t in items}
+
+    assert means(out) == means(tmp_path / "whole")
+    assert {key.split("/")[0] for key in latents(out, format)} == {"0.tar", "1.tar"}
+    again = in_parts(tmp_path / "tars", out, 3, **options)
+    assert (sum(report.done for report in again), verify_cache(out).problems) == (0, ())
 
 
 @pytest.mark.parametrize("count", [2, 12])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_the_command_reports_all_workers_and_leaves_no_process(
     pytest.importorskip("ray", reason="ray is not installed")
     images = make_images(tmp_path / "images", {f"{i}.png": (16, 16) for i in range(10)})
     (images / "bad.png").write_bytes(b"no image")
-    command = [sys.executable, "-m", "sdvae", "encode", "images", "out", "--vae", str(vae_path), "--json"]
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(images, ".")
+    command = [sys.executable, "-m", "sdvae", "encode", "images.tar", "out", "--vae", str(vae_path), "--json"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     result = subprocess.run(
         [*command, "--engine", "ray", "--ray-workers", "2"],
@@ -139,7 +142,7 @@ def test_the_command_reports_all_workers_and_leaves_no_process(
     )
     assert result.returncode == 3, result.stderr
     report = json.loads(result.stdout)
-    assert (report["done"], report["failed"], report["failures"][0]["key"]) == (10, 1, "bad.png")
+    assert (report["done"], report["failed"], report["failures"][0]["key"]) == (10, 1, "images.tar/bad.png")
     assert report["manifest"] == "out/manifest.jsonl"
     assert [line for line in result.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
     assert read_manifest(tmp_path / "out").num_items == 10
