@@ -35,6 +35,7 @@ ADDRESSES = {
     "accelerate": {"training/loop.py", "training/state.py", "evaluation/processes.py"},
     "datasets": {"data/hf_datasets.py"},
     "webdataset": {"data/shards.py"},
+    "ray": {"codec/ray_engine.py"},
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, run_options, vae_option, write_options
+from sdvae.cli.options import announce_vae, run_options, shard_option, vae_option, write_options
+from sdvae.codec.launched import join_launched
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 
 __all__ = ["decode_command"]
@@ -35,6 +36,7 @@ Examples:
 )
 @click.option("--allow-other-vae", is_flag=True, help="Decode latents that another VAE made, too.")
 @run_options
+@shard_option
 @write_options
 @click.pass_context
 def decode_command(
@@ -45,8 +47,9 @@ def decode_command(
     LATENTS is a folder of latent files (OUT mirrors its tree), one file, or a glob in quotes. Images have the size and
     the name of their source. Run again, it does what is missing or stale.
     """
-    decode_settings = DecodeOptions(**options)
-    announce_vae(vae)
+    launched, settings = join_launched(DecodeOptions(**options))
+    if launched.is_main:
+        announce_vae(vae)
     from sdvae.codec.run import DecodeRun
 
-    plan_or_run(ctx, DecodeRun(latents, out, vae, decode_settings), dry_run, as_json)
+    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), launched, dry_run, as_json)

@@ -7,8 +7,17 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, encode_options, image_options, run_options, vae_option, write_options
-from sdvae.codec.options import EncodeOptions
+from sdvae.cli.options import (
+    announce_vae,
+    encode_options,
+    image_options,
+    run_options,
+    shard_option,
+    vae_option,
+    write_options,
+)
+from sdvae.codec.launched import join_launched
+from sdvae.codec.options import ENGINES, EncodeOptions
 
 __all__ = ["encode_command"]
 
@@ -26,6 +35,20 @@ Examples:
 @encode_options
 @image_options
 @run_options
+@shard_option
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default=EncodeOptions.engine,
+    show_default=True,
+    help="ray: workers on the cluster of RAY_ADDRESS, or on this machine.",
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Workers of --engine ray, each with the VAE.  [default: one per GPU, else per CPU core]",
+)
 @write_options
 @click.pass_context
 def encode_command(
@@ -33,12 +56,15 @@ def encode_command(
 ) -> None:
     """Encode IMAGES into one latent file each, or into shards, in the folder OUT.
 
-    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list. Run again, it does what is
-    missing or stale: where the image, the VAE or the options changed. OUT/manifest.jsonl lists the
-    latents, with digests.
+    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list; or tar shards of images: a
+    .tar, a folder of these, or a glob. Run again, it does what is missing or stale: where the image, the VAE or the
+    options changed. OUT/manifest.jsonl lists the latents, with digests.
+
+    --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
-    encode_settings = EncodeOptions(**options)
-    announce_vae(vae)
+    launched, settings = join_launched(EncodeOptions(**options))
+    if launched.is_main:
+        announce_vae(vae)
     from sdvae.codec.run import EncodeRun
 
-    plan_or_run(ctx, EncodeRun(images, out, vae, encode_settings), dry_run, as_json)
+    plan_or_run(ctx, EncodeRun(images, out, vae, settings), launched, dry_run, as_json)

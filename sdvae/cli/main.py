@@ -37,6 +37,7 @@ _MODULES = {
     "check": "sdvae.cli.check",
     "fix-fp16": "sdvae.cli.fix_fp16",
     "verify": "sdvae.cli.verify",
+    "merge": "sdvae.cli.merge",
     "card": "sdvae.cli.card",
     "push": "sdvae.cli.push",
 }

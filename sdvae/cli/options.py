@@ -28,6 +28,7 @@ __all__ = [
     "image_options",
     "json_option",
     "run_options",
+    "shard_option",
     "vae_option",
     "write_options",
 ]
@@ -143,6 +144,12 @@ image_options = _together(
     click.option(
         "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger images.  [default: 134217728]"
     ),
+)
+
+shard_option = click.option(
+    "--shard",
+    metavar="I/N",
+    help="Only the I-th of N parts of the input; the parts share the folder.  [default: all]",
 )
 
 write_options = _together(

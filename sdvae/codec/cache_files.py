@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdvae.codec import kohya, parquet_cache, tar_cache
 from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, read_header
-from sdvae.codec.manifest import MANIFEST_NAME, manifest_format
+from sdvae.codec.manifest import MANIFEST_NAME, find_part_manifests, manifest_format
 from sdvae.codec.options import SHARDED_FORMATS
+from sdvae.codec.parts import Part
 from sdvae.errors import ConfigError, LatentFileError
 
-__all__ = ["check_output_folder", "find_cache_files", "read_headers", "shard_name"]
+__all__ = ["check_output_folder", "find_cache_files", "part_of_shard", "read_headers", "shard_name"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,15 @@ def read_headers(path: Path, format: str) -> list[LatentHeader]:
     return _KINDS[format].read_headers(path)
 
 
-def shard_name(number: int, format: str) -> str:
-    """The name of a shard, for a sharded format."""
-    return _SHARD_NAMES[format](number)
+def shard_name(number: int, format: str, part: Part | None = None) -> str:
+    """The name of a shard, for a sharded format; each part of a run has names of its own."""
+    return _SHARD_NAMES[format](number, part.name if part else "")
+
+
+def part_of_shard(path: Path) -> Part | None:
+    """The part of a run that `shard_name` gave this name to; None where it was a whole run."""
+    match = re.search(r"-(\d+-of-\d+)-\d+\.", path.name)
+    return Part.from_name(match[1]) if match else None
 
 
 def find_cache_files(out: Path, format: str) -> list[Path]:
@@ -55,7 +63,8 @@ def check_output_folder(out: Path, format: str, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a folder for the output")
     try:
-        found = manifest_format(out) if out.is_dir() else None
+        manifests = [out / MANIFEST_NAME, *find_part_manifests(out).values()] if out.is_dir() else []
+        found = next((format for format in map(manifest_format, manifests) if format), None)
     except LatentFileError as error:
         if not overwrite:
             raise ConfigError(f"{error}: it would be replaced; move it away, or give --overwrite") from error

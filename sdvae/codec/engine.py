@@ -28,7 +28,7 @@ from sdvae.data.pipeline import WriteBehind, group_by_shape, read_ahead
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 
-__all__ = ["Member", "OnProgress", "Tally", "carry_out", "make_folder"]
+__all__ = ["Member", "OnProgress", "Tally", "carry_out", "prepare_folder"]
 
 OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do
 
@@ -72,6 +72,15 @@ class Tally:
     def release(self) -> list[Member]:
         held, self.held = self.held, []
         return held
+
+    def add(self, other: Tally) -> None:
+        """Count what was done elsewhere."""
+        self.done += other.done
+        self.megapixels += other.megapixels
+        self.failures += other.failures
+        self.notes += other.notes
+        self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
+        self._tell()
 
     def fail(self, item: Item, error: Exception) -> None:
         reason = reason_without_path(error, item.source).removeprefix(f"{item.output}: ")
@@ -121,7 +130,7 @@ def carry_out(
     finish: for outputs of many files: called with each output once all its jobs went through `write`, or failed. The
         outputs then come one after the other, so that no more than one is held in memory.
     A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
-    Raises: ConfigError where `out` cannot be made; SdvaeError where the disk is full.
+    Raises: SdvaeError where the disk is full.
     """
     tally = Tally(on_progress, total=len(plan.jobs))
 
@@ -143,8 +152,6 @@ def carry_out(
             else:
                 tally.fail(member.item, error)
 
-    make_folder(out)
-    remove_leftovers({out} | {item.output.parent for item in plan.items})
     split = _Splitting(compute, tally.warnings)
     for jobs in [plan.jobs] if finish is None else _by_output(plan.jobs):
         loaded = read_ahead(jobs, read, _pixels, options.num_workers)
@@ -236,8 +243,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def make_folder(out: Path) -> None:
-    """Make the output folder, where it is not there. Raises: ConfigError."""
+def prepare_folder(plan: Plan, out: Path) -> None:
+    """Make the output folder, where it is not there, and remove what killed runs left in it. Raises: ConfigError."""
+    _make_folder(out)
+    remove_leftovers({out} | {item.output.parent for item in plan.items})
+
+
+def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

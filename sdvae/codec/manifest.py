@@ -3,6 +3,8 @@
 A header line says what all files have in common, then follows one line per file, sorted by path. docs/latent-caches.md
 describes it for other readers. Every line was true of its file when it was written; a file that is not listed was
 written by a run that did not come to its end.
+
+A part of a run has a manifest of its own, manifest.part-2-of-8.jsonl, of the same form and with `part` in its header.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 from sdvae._version import __version__
 from sdvae.codec.latent_header import LatentHeader, Preprocessing, VaeRecord, from_json_strict
+from sdvae.codec.parts import Part
 from sdvae.errors import LatentFileError
 from sdvae.files import write_atomic
 
@@ -26,13 +29,18 @@ __all__ = [
     "Manifest",
     "ManifestFile",
     "ManifestItem",
+    "PartState",
+    "find_part_manifests",
     "manifest_format",
+    "part_manifest_name",
     "read_manifest",
+    "read_part_state",
     "write_manifest",
 ]
 
 MANIFEST_NAME = "manifest.jsonl"
 SCHEMA = "sdvae.latent-cache/1"
+_PART_PREFIX, _PART_SUFFIX = "manifest.part-", ".jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +88,28 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartState:
+    """The part of a run that a manifest is of, and how far it is."""
+
+    index: int  # from 1
+    count: int
+    complete: bool  # false from when it begins to write until it has come to its end
+    num_failed: int  # images that it could not encode
+
+    @property
+    def part(self) -> Part:
+        return Part(self.index, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All files of a cache."""
+    """All files of a cache, or of a part of a run."""
 
     format: str  # one of `CACHE_FORMATS`
     settings: tuple[CacheSettings, ...]  # one, unless runs with different ones wrote into the same folder
     files: tuple[ManifestFile, ...]  # sorted by path
     sdvae_version: str = __version__
+    part: PartState | None = None  # None: of the whole folder
 
     @property
     def num_files(self) -> int:
@@ -121,7 +144,11 @@ def read_manifest(path: str | Path) -> Manifest:
         settings = tuple(from_json_strict(CacheSettings, data) for data in header["settings"])
         files = tuple(from_json_strict(ManifestFile, json.loads(line)) for line in lines[1:])
         manifest = Manifest(
-            format=header["format"], settings=settings, files=files, sdvae_version=header["sdvae_version"]
+            format=header["format"],
+            settings=settings,
+            files=files,
+            sdvae_version=header["sdvae_version"],
+            part=_part_state(header),
         )
         counts = (header["num_files"], header["num_items"])
     except (KeyError, TypeError, ValueError) as error:
@@ -142,19 +169,46 @@ def manifest_format(path: str | Path) -> str | None:
 
     Raises: LatentFileError where there is one that is not sdvae's.
     """
-    path = _manifest_path(path)
-    try:
-        with path.open(encoding="ascii") as file:
-            line = file.readline()
-    except FileNotFoundError:
+    header = _read_header(_manifest_path(path))
+    return None if header is None else str(header["format"])
+
+
+def read_part_state(path: Path) -> PartState | None:
+    """What the first line of a part's manifest says of the part; None where there is none.
+
+    Raises: LatentFileError where it is no manifest of a part.
+    """
+    if (header := _read_header(path)) is None:
         return None
-    except (OSError, UnicodeError) as error:
-        raise LatentFileError(f"{path}: cannot be read as the manifest of a latent cache: {_reason(error)}") from error
-    return str(_parse_header(line, path)["format"])
+    try:
+        state = _part_state(header)
+    except (TypeError, ValueError) as error:
+        raise LatentFileError(f"{path}: damaged manifest: {error}") from error
+    if state is None:
+        raise LatentFileError(f"{path}: damaged manifest: its first line does not say of which part it is")
+    return state
+
+
+def part_manifest_name(part: Part) -> str:
+    """manifest.part-2-of-8.jsonl"""
+    return f"{_PART_PREFIX}{part.name}{_PART_SUFFIX}"
+
+
+def find_part_manifests(out: Path) -> dict[Part, Path]:
+    """The manifests of parts in a folder, in the order of the parts."""
+    found = {}
+    for path in out.glob(f"{_PART_PREFIX}*{_PART_SUFFIX}"):
+        name = path.name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)
+        if part := Part.from_name(name):
+            found[part] = path
+    return dict(sorted(found.items()))
 
 
 def write_manifest(manifest: Manifest, out: Path) -> Path:
-    """Write OUT/manifest.jsonl, whole or not at all; one that says the same already stays. Raises: OSError."""
+    """Write OUT/manifest.jsonl, or that of a part, whole or not at all; one that says the same already stays.
+
+    Raises: OSError.
+    """
     header = {
         "schema": SCHEMA,
         "format": manifest.format,
@@ -167,9 +221,11 @@ def write_manifest(manifest: Manifest, out: Path) -> Path:
         "num_items": manifest.num_items,
         "sdvae_version": manifest.sdvae_version,
     }
+    if manifest.part:
+        header["part"] = asdict(manifest.part)
     lines = [header, *(asdict(file) for file in manifest.files)]
     data = "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")
-    path = out / MANIFEST_NAME
+    path = out / (part_manifest_name(manifest.part.part) if manifest.part else MANIFEST_NAME)
     if not path.is_file() or path.read_bytes() != data:
         write_atomic(data, path)
     return path
@@ -178,6 +234,23 @@ def write_manifest(manifest: Manifest, out: Path) -> Path:
 def _manifest_path(path: str | Path) -> Path:
     path = Path(path)
     return path / MANIFEST_NAME if path.is_dir() else path
+
+
+def _read_header(path: Path) -> Mapping[str, Any] | None:
+    """The first line; None where there is no file. Raises: LatentFileError where it is not that of a manifest."""
+    try:
+        with path.open(encoding="ascii") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeError) as error:
+        raise LatentFileError(f"{path}: cannot be read as the manifest of a latent cache: {_reason(error)}") from error
+    return _parse_header(line, path)
+
+
+def _part_state(header: Mapping[str, Any]) -> PartState | None:
+    """Raises: ValueError."""
+    return from_json_strict(PartState, header["part"]) if "part" in header else None
 
 
 def _parse_header(line: str, path: Path) -> Mapping[str, Any]:

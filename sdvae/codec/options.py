@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from sdvae.codec.parts import Part
 from sdvae.data.pipeline import default_workers
 from sdvae.errors import ConfigError
 
@@ -18,6 +19,7 @@ __all__ = [
     "DEFAULT_KOHYA_SUFFIX",
     "DEFAULT_SHARD_SIZE",
     "DEVICES",
+    "ENGINES",
     "IMAGE_FORMATS",
     "KOHYA_SUFFIXES",
     "LATENT_DTYPES",
@@ -32,6 +34,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LATENT_DTYPES = ("float16", "float32")
 CROPS = ("none", "center")
+ENGINES = ("local", "ray")
 CACHE_FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
 SHARDED_FORMATS = ("webdataset", "parquet")  # many images to a file; the others have a file for each
 KOHYA_SUFFIXES = ("sd", "sdxl")
@@ -49,12 +52,20 @@ class RunOptions:
     batch_size: int | None = None  # images of equal size that go through the VAE together; None: what suits the device
     workers: int | None = None  # threads that read, and as many that write; None: one per core, at most 8
     overwrite: bool = False  # do again what is done, and replace files that sdvae did not write
+    shard: str | None = None  # "2/8": only the second of eight parts of the input; None: all of it
 
     def __post_init__(self) -> None:
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, COMPUTE_DTYPES)
         _check_positive("batch_size", self.batch_size)
         _check_positive("workers", self.workers)
+        if self.shard is not None:
+            Part.parse(self.shard)
+
+    @property
+    def part(self) -> Part | None:
+        """The part that `shard` means; None for the whole."""
+        return None if self.shard is None else Part.parse(self.shard)
 
     @property
     def num_workers(self) -> int:
@@ -77,6 +88,8 @@ class EncodeOptions(RunOptions):
     crop: str = "none"  # center: cut the resized image to size x size
     background: str = "white"  # colour under transparent pixels
     max_pixels: int | None = None  # larger images are refused; None: the limit of `read_image`
+    engine: str = "local"  # local: in this process; ray: by workers on the machines of a Ray cluster
+    ray_workers: int | None = None  # engine ray: processes with a VAE each; None: one per GPU, else per CPU core
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +104,12 @@ class EncodeOptions(RunOptions):
         _check_choice("crop", self.crop, CROPS)
         _check_positive("size", self.size)
         _check_positive("max_pixels", self.max_pixels)
+        _check_choice("engine", self.engine, ENGINES)
+        _check_positive("ray_workers", self.ray_workers)
+        if self.ray_workers is not None and self.engine != "ray":
+            raise ConfigError(f"ray_workers is given, but the engine is {self.engine}; give --engine ray as well")
+        if self.shard is not None and self.engine == "ray":
+            raise ConfigError("shard is given with the engine ray, which divides the images itself: leave out one")
         if self.crop != "none" and self.size is None:
             raise ConfigError(f"crop is '{self.crop}', but no size is given; give both, for example size 512")
         _check_colour(self.background)

@@ -50,14 +50,14 @@ def check_installed() -> None:
         raise ConfigError("format parquet needs pyarrow, which is not installed: pip install pyarrow") from error
 
 
-def file_name(number: int) -> str:
-    """The name of a shard, counted from 0: part-000000.parquet."""
-    return f"part-{number:06d}.parquet"
+def file_name(number: int, part: str = "") -> str:
+    """The name of a shard, counted from 0: part-000000.parquet, or of a part of a run part-2-of-8-000000.parquet."""
+    return f"part-{part}{part and '-'}{number:06d}.parquet"
 
 
 def is_file_name(name: str) -> bool:
     """Whether `file_name` gives this name to some shard."""
-    return re.fullmatch(r"part-\d{6,}\.parquet", name) is not None
+    return re.fullmatch(r"part-(\d+-of-\d+-)?\d{6,}\.parquet", name) is not None
 
 
 def to_bytes(items: Sequence[CacheItem]) -> bytes:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import glob
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from sdvae.codec import kohya
-from sdvae.codec.cache_files import check_output_folder, find_cache_files, read_headers, shard_name
+from sdvae.codec.cache_files import check_output_folder, find_cache_files, part_of_shard, read_headers, shard_name
 from sdvae.codec.decoded_image import ImageMark, read_mark
 from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
-from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions, RunOptions
+from sdvae.codec.parts import Part
 from sdvae.data.images import EncodedImage
-from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, file_digest, os_reason
+from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, TarMember, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
 __all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
@@ -41,6 +42,12 @@ class Item:
     output: Path
     action: Action
     reason: str
+    member: TarMember | None = None  # where the input is an image in a tar
+
+    def to_json(self) -> dict[str, Any]:
+        """What a user may want to know of it."""
+        names = ("key", "source", "output", "action", "reason")
+        return {name: str(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,11 @@ class Plan:
         """0, or 3 where some files are refused."""
         return 3 if self.failures else 0
 
+    @classmethod
+    def joined(cls, parts: Sequence[Plan]) -> Plan:
+        """The plan of all parts of a run."""
+        return cls(items=tuple(sorted((item for part in parts for item in part.items), key=lambda item: item.key)))
+
     def to_json(self) -> dict[str, Any]:
         """Counts, and the items in order."""
         return {
@@ -75,7 +87,7 @@ class Plan:
                 "skip": len(self.skips),
                 "fail": len(self.failures),
             },
-            "items": [asdict(item) | {"source": str(item.source), "output": str(item.output)} for item in self.items],
+            "items": [item.to_json() for item in self.items],
         }
 
 
@@ -90,8 +102,9 @@ class LatentSource:
 def plan_encode(
     images: Sequence[ImageFile], out: Path, options: EncodeOptions, preprocessing: Preprocessing, vae: VaeRecord
 ) -> Plan:
-    """What to encode, and into which file.
+    """What to encode, and into which file; of a part of a run, its own images and no others.
 
+    images: all, also for a part: two images may want one name, and which one has it must not depend on the part.
     Done is what has a latent that was made from the same bytes, by the same VAE, with the same options.
     Raises: ConfigError where `out` is no folder, holds latents of another format, or other shards of the same one.
     """
@@ -104,12 +117,16 @@ def plan_encode(
         return why_other(header, image.key) or _why_source_differs(header, image)
 
     if options.format in SHARDED_FORMATS:
-        shards = _read_shards(out, options.format)
+        shards = _read_shards(out, options.format, options.part)
         _check_others(shards, images, out, why_other)
         return _plan_shards(images, out, shards, options, why_stale)
     if options.format == "kohya-npz":
-        return Plan(items=tuple(_kohya_items(images, out, options, why_stale)))
+        return _plan_kohya(images, out, options, why_stale)
     return _plan_latent_files(images, out, options, why_stale)
+
+
+def _item(image: ImageFile, output: Path, action: Action, reason: str) -> Item:
+    return Item(key=image.key, source=image.path, output=output, action=action, reason=reason, member=image.member)
 
 
 WhyStale = Callable[[LatentHeader, ImageFile], str | None]
@@ -122,15 +139,24 @@ def _plan_latent_files(images: Sequence[ImageFile], out: Path, options: EncodeOp
         header = _header_or_error(out / name)
         return header.source.key if isinstance(header, LatentHeader) else None
 
-    names = _choose_names([image.key for image in images], _latent_names, owner)
+    own = _own_keys([image.key for image in images], options)
+    names = _choose_names(_with_rivals([image.key for image in images], own, _latent_names), _latent_names, owner)
     items = []
-    for image in images:
+    for image in (image for image in images if image.key in own):
         output = out / names[image.key]
         found = _header_or_error(output)
         stale = why_stale(found, image) if isinstance(found, LatentHeader) else None
         action, reason = _decide(output, isinstance(found, LatentHeader), stale, options.overwrite, "latent file")
-        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+        items.append(_item(image, output, action, reason))
     return Plan(items=tuple(items))
+
+
+def _plan_kohya(images: Sequence[ImageFile], out: Path, options: EncodeOptions, why_stale: WhyStale) -> Plan:
+    keys = [image.key for image in images]
+    own = _own_keys(keys, options)
+    looked_at = set(_with_rivals(keys, own, lambda key: (str(PurePosixPath(key).with_suffix("")),)))
+    items = _kohya_items([image for image in images if image.key in looked_at], out, options, why_stale)
+    return Plan(items=tuple(item for item in items if item.key in own))
 
 
 def _kohya_items(images: Sequence[ImageFile], out: Path, options: EncodeOptions, why_stale: WhyStale) -> Iterator[Item]:
@@ -139,10 +165,10 @@ def _kohya_items(images: Sequence[ImageFile], out: Path, options: EncodeOptions,
     for image in images:
 
         def item(output: Path, action: Action, reason: str, image: ImageFile = image) -> Item:
-            return Item(key=image.key, source=image.path, output=output, action=action, reason=reason)
+            return _item(image, output, action, reason)
 
         try:
-            size = EncodedImage(str(image.path), image.path).size()
+            size = EncodedImage(str(image.path), image.content()).size()
         except ImageError as error:
             yield item(out / image.key, "fail", reason_without_path(error, image.path))
             continue
@@ -195,24 +221,39 @@ Shards = Mapping[Path, Sequence[LatentHeader]]
 def _plan_shards(
     images: Sequence[ImageFile], out: Path, shards: Shards, options: EncodeOptions, why_stale: WhyStale
 ) -> Plan:
-    """An image stays in the shard that has it; others fill the shards that have room, in order, and then new ones."""
+    """An image stays in the shard that has it; others fill the shards that have room, in order, and then new ones.
+
+    Raises: ConfigError where a part would have to change a shard that is not its own.
+    """
     held = {header.source.key: (path, header) for path, headers in shards.items() for header in headers}
     places = _free_places(out, shards, options)
+    own = _own_keys([image.key for image in images], options)
     items = []
-    for image in images:
+    for image in (image for image in images if image.key in own):
         output, header = held.get(image.key) or (next(places), None)
         stale = why_stale(header, image) if header else None
         new: tuple[Action, str] = ("run", "new")
         action, reason = _decide(output, True, stale, options.overwrite, "shard") if header else new
-        items.append(Item(key=image.key, source=image.path, output=output, action=action, reason=reason))
+        if action == "run" and not _may_write(output, options):
+            raise ConfigError(
+                f"{image.key!r} is to be encoded again ({reason}), but it is in {output}, which part {options.shard} "
+                "may not change: encode without --shard, with the parts of that time, or into another folder"
+            )
+        items.append(_item(image, output, action, reason))
     return Plan(items=tuple(items))
 
 
-def _read_shards(out: Path, format: str) -> dict[Path, list[LatentHeader]]:
-    """The headers of all shards in a folder. Raises: ConfigError for a shard that cannot be read, or a key in two."""
+def _read_shards(out: Path, format: str, part: Part | None) -> dict[Path, list[LatentHeader]]:
+    """The headers of all shards in a folder, without those that the other parts of a run may be writing now.
+
+    Raises: ConfigError for a shard that cannot be read, or a key in two.
+    """
     shards: dict[Path, list[LatentHeader]] = {}
     places: dict[str, Path] = {}
     for path in find_cache_files(out, format):
+        owner = part_of_shard(path)
+        if part and owner and owner != part and owner.count == part.count:
+            continue
         try:
             shards[path] = read_headers(path, format)
         except LatentFileError as error:
@@ -243,15 +284,23 @@ def _check_others(
 def _free_places(out: Path, shards: Shards, options: EncodeOptions) -> Iterator[Path]:
     """Where new images go, one after the other."""
     for path, headers in shards.items():
-        yield from [path] * (options.images_per_shard - len(headers))
+        if _may_write(path, options):
+            yield from [path] * (options.images_per_shard - len(headers))
     taken = {path.name for path in shards}
     for number in count():
-        if (name := shard_name(number, options.format)) not in taken:
+        if (name := shard_name(number, options.format, options.part)) not in taken:
             yield from [out / name] * options.images_per_shard
 
 
+def _may_write(shard: Path, options: EncodeOptions) -> bool:
+    """A part writes its own shards only; the others may be written at the same time. The whole writes all."""
+    return options.part is None or part_of_shard(shard) == options.part
+
+
 def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptions, vae: VaeRecord) -> Plan:
-    """What to decode. The output of a.jpg.safetensors is a.png, or a.jpg.png where another image has that name.
+    """What to decode; of a part of a run, its own latents.
+
+    The output of a.jpg.safetensors is a.png, or a.jpg.png where another image has that name.
 
     Done is what has an output whose mark names the same latent, the same VAE and the same options.
     Raises: ConfigError where `out` is no folder; LatentFileError where every latent is of another VAE.
@@ -263,9 +312,13 @@ def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptio
         mark = read_mark(out / name)
         return None if mark is None else mark.key
 
-    names = _choose_names([latent.key for latent in latents], lambda key: _image_names(key, suffix), owner)
+    def candidates(key: str) -> Sequence[str]:
+        return _image_names(key, suffix)
+
+    own = _own_keys([latent.key for latent in latents], options)
+    names = _choose_names(_with_rivals([latent.key for latent in latents], own, candidates), candidates, owner)
     items, refused = [], []
-    for latent in latents:
+    for latent in (latent for latent in latents if latent.key in own):
         output = out / names[latent.key]
         header = _header_or_error(latent.path)
         if isinstance(header, LatentHeader):
@@ -365,10 +418,9 @@ def _why_settings_differ(
 
 def _why_source_differs(header: LatentHeader, image: ImageFile) -> str | None:
     try:
-        stat = image.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) == (header.source.size_bytes, header.source.mtime_ns):
+        if image.stamp() == (header.source.size_bytes, header.source.mtime_ns):
             return None
-        return None if file_digest(image.path) == header.source.digest else "the source changed"
+        return None if image.digest() == header.source.digest else "the source changed"
     except (OSError, ImageError):
         return "the source cannot be read"  # the run then says why
 
@@ -391,6 +443,34 @@ def _header_or_error(path: Path) -> LatentHeader | LatentFileError | None:
         return read_header(path)
     except LatentFileError as error:
         return error
+
+
+def _own_keys(keys: Sequence[str], options: RunOptions) -> frozenset[str]:
+    """Those that belong to this part of a run; all of the whole."""
+    part = options.part
+    return frozenset(keys if part is None else (key for key in keys if part.has(key)))
+
+
+def _with_rivals(
+    keys: Sequence[str], own: Collection[str], candidates: Callable[[str], Sequence[str]]
+) -> Sequence[str]:
+    """The keys that decide the names of `own`: these, and in turn all that share a candidate with one of them.
+
+    So a part of a run gives the names that the whole would, and looks at few files of the other parts.
+    """
+    if len(own) == len(keys):
+        return keys
+    wanted_by: dict[str, list[str]] = {}
+    for key in keys:
+        for name in candidates(key):
+            wanted_by.setdefault(_folded(name), []).append(key)
+    found, waiting = set(own), list(own)
+    while waiting:
+        for name in candidates(waiting.pop()):
+            rivals = [key for key in wanted_by[_folded(name)] if key not in found]
+            found.update(rivals)
+            waiting += rivals
+    return [key for key in keys if key in found]
 
 
 def _choose_names(

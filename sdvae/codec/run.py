@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,81 +18,72 @@ from torch import Tensor
 from sdvae._version import __version__
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
-from sdvae.codec.engine import Member, OnProgress, carry_out, make_folder
+from sdvae.codec.engine import Member, OnProgress, Tally, carry_out, prepare_folder
 from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
+from sdvae.codec.listing import CacheListing, ListedFile
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
+from sdvae.codec.merging import merge_finished_parts
 from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
 from sdvae.codec.parquet_cache import check_installed
-from sdvae.codec.plan import Item, LatentSource, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
+from sdvae.codec.plan import Item, LatentSource, Plan, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
 from sdvae.codec.reports import DecodeReport, EncodeReport
-from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image, x_to_image
-from sdvae.data.sources import ImageFile, file_digest, find_images
+from sdvae.data.images import (
+    DEFAULT_MAX_PIXELS,
+    PREPROCESSING_VERSION,
+    image_to_x,
+    read_image,
+    read_image_bytes,
+    x_to_image,
+)
+from sdvae.data.sources import ImageFile
+from sdvae.data.tar_images import find_images_or_tars
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
-__all__ = ["DecodeRun", "EncodeRun", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
+__all__ = ["DecodeRun", "EncodeRun", "ImageEncoder", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
 
 
-class EncodeRun:
-    """Images -> latent files: everything that is needed, looked up and planned; `run` does it.
+class ImageEncoder:
+    """Does jobs of a plan with a VAE: image file -> latent in a file of the cache.
 
-    Raises: ConfigError for images, options or an output folder that cannot be; CheckpointError for the VAE.
+    Raises: ConfigError where the format cannot hold what this VAE and these options give.
     """
 
-    def __init__(
-        self,
-        images: str | Path | Sequence[ImageFile],
-        out: str | Path,
-        vae: VaeRef = None,
-        options: EncodeOptions | None = None,
-    ) -> None:
-        self.options = options or EncodeOptions()
-        self.out = Path(out)
-        files = find_images(images) if isinstance(images, (str, Path)) else images
-        self.vae = open_vae(vae, self.options)
+    def __init__(self, out: Path, options: EncodeOptions, vae: LoadedVae) -> None:
+        _check_format(options, vae)
+        self.out = out
+        self.options = options
+        self.vae = vae
         self.preprocessing = Preprocessing(
-            version=PREPROCESSING_VERSION,
-            background=self.options.background,
-            size=self.options.size,
-            crop=self.options.crop,
+            version=PREPROCESSING_VERSION, background=options.background, size=options.size, crop=options.crop
         )
-        _check_format(self.options, self.vae)
-        self.plan = plan_encode(files, self.out, self.options, self.preprocessing, self.vae.record)
-        self._cache = CacheWriter(self.out, self.options.format)
 
-    def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
-        """Encode what the plan says. Raises: SdvaeError where the disk is full."""
-        make_folder(self.out)
-        self._cache.begin(self.plan.jobs)
-        try:
-            tally = carry_out(
-                self.plan,
-                self.out,
-                self.options,
-                self.vae.batch_pixels,
-                read=self._read,
-                compute=self._encode,
-                write=self._write,
-                on_progress=on_progress,
-                finish=self._cache.finish if self.options.format in SHARDED_FORMATS else None,
-            )
-        except BaseException:
-            with contextlib.suppress(OSError):  # the next run completes the list
-                self._cache.close()
-            raise
-        manifest = self._cache.close()
-        if self.options.format == "kohya-npz":
-            tally.warnings += _scale_warnings(self.vae.record, self.options.trainer_suffix)
-        fields = tally.to_fields(self.plan, self.out, self.vae)
-        return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
+    def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> Tally:
+        """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
+
+        def write(member: Member, moments: Tensor) -> None:
+            writer.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
+
+        return carry_out(
+            plan,
+            self.out,
+            self.options,
+            self.vae.batch_pixels,
+            read=self._read,
+            compute=self._encode,
+            write=write,
+            on_progress=on_progress,
+            finish=writer.finish if self.options.format in SHARDED_FORMATS else None,
+        )
 
     def _read(self, item: Item) -> Member:
-        status = item.source.stat()  # before the bytes: a change while they are read shows in the next run
-        digest = file_digest(item.source)
-        image = read_pixels(item.source, self.options)
+        file = ImageFile(item.key, item.source, item.member)
+        size_bytes, mtime_ns = file.stamp()  # before the bytes: a change while they are read shows in the next run
+        digest = file.digest()
+        image = read_pixels(file.content(), self.options, str(item.source))
         pixels = image.pixels
         x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
         if self.options.format == "kohya-npz" and (reason := why_no_bucket(pixels.shape[1], pixels.shape[0])):
@@ -105,8 +96,8 @@ class EncodeRun:
             source=SourceRecord(
                 key=item.key,
                 digest=digest,
-                size_bytes=status.st_size,
-                mtime_ns=status.st_mtime_ns,
+                size_bytes=size_bytes,
+                mtime_ns=mtime_ns,
                 width=image.source_size.width,
                 height=image.source_size.height,
             ),
@@ -128,9 +119,6 @@ class EncodeRun:
             moments = torch.cat((moments, mirrored), dim=1)  # (B, 4 * C, h, w)
         return list(moments)
 
-    def _write(self, member: Member, moments: Tensor) -> None:
-        self._cache.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
-
     def _tensors(self, header: LatentHeader, moments: Tensor) -> dict[str, Tensor]:
         """What the file is to hold, each (C, h, w)."""
         posterior, *mirrored = (DiagonalGaussian(part[None]) for part in moments.chunk(2 if self.options.flip else 1))
@@ -150,6 +138,64 @@ class EncodeRun:
         if not self.options.draws:
             return posterior.mode()[0]
         return posterior.sample(image_generator(self.options.seed, key))[0]
+
+
+class EncodeRun:
+    """Images -> latent files: everything that is needed, looked up and planned; `run` does it.
+
+    Raises: ConfigError for images, options or an output folder that cannot be; CheckpointError for the VAE.
+    """
+
+    def __init__(
+        self,
+        images: str | Path | Sequence[ImageFile],
+        out: str | Path,
+        vae: VaeRef = None,
+        options: EncodeOptions | None = None,
+    ) -> None:
+        self.options = options or EncodeOptions()
+        self.out = Path(out)
+        files = find_images_or_tars(images) if isinstance(images, (str, Path)) else images
+        self._on_ray = self.options.engine == "ray"
+        if self._on_ray:
+            _check_ray(vae)
+        self._ref = vae
+        self.vae = open_vae(vae, replace(self.options, device="cpu") if self._on_ray else self.options)
+        self.encoder = ImageEncoder(self.out, self.options, self.vae)
+        self.plan = plan_encode(files, self.out, self.options, self.encoder.preprocessing, self.vae.record)
+
+    def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
+        """Encode what the plan says. Raises: SdvaeError where the disk is full."""
+        prepare_folder(self.plan, self.out)
+        listing = CacheListing(self.out, self.options.format, self.options.part)
+        listing.begin(self.plan)
+        written: dict[str, ListedFile] = {}
+        try:
+            tally, device = self._carry_out(written, on_progress)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the next run completes the list
+                listing.close(written, complete=False, num_failed=0)
+            raise
+        if self.options.format == "kohya-npz":
+            tally.warnings += _scale_warnings(self.vae.record, self.options.trainer_suffix)
+        fields = tally.to_fields(self.plan, self.out, self.vae) | {"device": device}
+        manifest = listing.close(written, complete=True, num_failed=fields["failed"])
+        if self.options.part is not None:
+            merged, warnings = merge_finished_parts(self.out)
+            manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
+        return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
+
+    def _carry_out(self, written: dict[str, ListedFile], on_progress: OnProgress | None) -> tuple[Tally, str]:
+        """Do the jobs of the plan. Returns: what happened, and on which device.
+
+        written: takes the files that were written, also where this raises.
+        """
+        if self._on_ray:
+            from sdvae.codec.ray_engine import encode_on_ray
+
+            return encode_on_ray(self.plan, self.out, self.options, self._ref, self.vae.record, written, on_progress)
+        writer = CacheWriter(self.out, self.options.format, self.plan.jobs, written)
+        return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
 
 
 class DecodeRun:
@@ -174,6 +220,7 @@ class DecodeRun:
 
     def run(self, on_progress: OnProgress | None = None) -> DecodeReport:
         """Decode what the plan says. Raises: SdvaeError where the disk is full."""
+        prepare_folder(self.plan, self.out)
         tally = carry_out(
             self.plan,
             self.out,
@@ -217,9 +264,16 @@ class PreparedImage:
     notes: tuple[str, ...]
 
 
-def read_pixels(path: Path, options: EncodeOptions) -> PreparedImage:
-    """Read an image and do what the options ask for: background, limit, resizing and cropping. Raises: ImageError."""
-    read = read_image(path, background=options.background, max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS)
+def read_pixels(content: Path | bytes, options: EncodeOptions, name: str = "") -> PreparedImage:
+    """Read an image and do what the options ask for: background, limit, resizing and cropping.
+
+    name: of an image that comes as bytes, for messages. Raises: ImageError.
+    """
+    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
+    if isinstance(content, Path):
+        read = read_image(content, background=options.background, max_pixels=max_pixels)
+    else:
+        read = read_image_bytes(content, name, background=options.background, max_pixels=max_pixels)
     height, width = read.pixels.shape[:2]
     pixels = read.pixels
     if options.size is not None:
@@ -248,11 +302,15 @@ def encode_folder(
     batch_size: int | None = EncodeOptions.batch_size,
     workers: int | None = EncodeOptions.workers,
     overwrite: bool = EncodeOptions.overwrite,
+    shard: str | None = EncodeOptions.shard,
+    engine: str = EncodeOptions.engine,
+    ray_workers: int | None = EncodeOptions.ray_workers,
     on_progress: OnProgress | None = None,
 ) -> EncodeReport:
     """Encode images to one latent file each, or to shards; what is up to date already is skipped.
 
-    images: a folder (its tree is mirrored), a file, a glob or a .txt list, or what `find_images` returned.
+    images: a folder (its tree is mirrored), a file, a glob or a .txt list, tar files of images or a folder or glob of
+        these, or what `find_images` returned.
     vae: a folder, a file or a hub id; None for the bundled one; a loaded model runs where and as it is.
     The options are those of `EncodeOptions`. Files that fail are recorded in the report, and the rest goes on.
     Raises: ConfigError and CheckpointError before anything is written; SdvaeError where the disk is full.
@@ -274,6 +332,9 @@ def encode_folder(
         batch_size=batch_size,
         workers=workers,
         overwrite=overwrite,
+        shard=shard,
+        engine=engine,
+        ray_workers=ray_workers,
     )
     return EncodeRun(images, out, vae, options).run(on_progress)
 
@@ -291,6 +352,7 @@ def decode_folder(
     batch_size: int | None = DecodeOptions.batch_size,
     workers: int | None = DecodeOptions.workers,
     overwrite: bool = DecodeOptions.overwrite,
+    shard: str | None = DecodeOptions.shard,
     on_progress: OnProgress | None = None,
 ) -> DecodeReport:
     """Decode latent files to one image each, at the size that was encoded; what is up to date already is skipped.
@@ -311,8 +373,18 @@ def decode_folder(
         batch_size=batch_size,
         workers=workers,
         overwrite=overwrite,
+        shard=shard,
     )
     return DecodeRun(latents, out, vae, options).run(on_progress)
+
+
+def _check_ray(vae: VaeRef) -> None:
+    """Raises: ConfigError where Ray is not installed, or its workers could not load the VAE."""
+    from sdvae.codec.ray_engine import check_installed
+
+    check_installed()
+    if vae is not None and not isinstance(vae, (str, Path)):
+        raise ConfigError("engine ray loads the VAE in every worker: give its folder, file or hub id, not a loaded one")
 
 
 def _check_format(options: EncodeOptions, vae: LoadedVae) -> None:

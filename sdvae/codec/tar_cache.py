@@ -30,14 +30,14 @@ CacheItem = tuple[LatentHeader, dict[str, NDArray[Any]]]
 _JSON = ".json"
 
 
-def file_name(number: int) -> str:
-    """The name of a shard, counted from 0: shard-000000.tar."""
-    return f"shard-{number:06d}.tar"
+def file_name(number: int, part: str = "") -> str:
+    """The name of a shard, counted from 0: shard-000000.tar, or of a part of a run shard-2-of-8-000000.tar."""
+    return f"shard-{part}{part and '-'}{number:06d}.tar"
 
 
 def is_file_name(name: str) -> bool:
     """Whether `file_name` gives this name to some shard."""
-    return re.fullmatch(r"shard-\d{6,}\.tar", name) is not None
+    return re.fullmatch(r"shard-(\d+-of-\d+-)?\d{6,}\.tar", name) is not None
 
 
 def escape_key(key: str) -> str:

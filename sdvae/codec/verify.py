@@ -23,7 +23,14 @@ from sdvae.codec.cache_formats import read_items
 from sdvae.codec.kohya_check import trainer_problems
 from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae, VaeRef
-from sdvae.codec.manifest import MANIFEST_NAME, CacheSettings, Manifest, ManifestFile, read_manifest
+from sdvae.codec.manifest import (
+    MANIFEST_NAME,
+    CacheSettings,
+    Manifest,
+    ManifestFile,
+    find_part_manifests,
+    read_manifest,
+)
 from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
 from sdvae.codec.options import CACHE_FORMATS
 from sdvae.codec.plan import reason_without_path
@@ -134,7 +141,8 @@ class _Check:
     def open_manifest(self) -> Manifest | None:
         """The manifest; None where there is none, or it is damaged, which is a problem."""
         if not (self.out / MANIFEST_NAME).is_file():
-            self.warnings.append("no manifest: digests not checked, and lost files not seen")
+            parts = "its parts are not merged: sdvae merge; " if find_part_manifests(self.out) else ""
+            self.warnings.append(f"no manifest: {parts}digests not checked, and lost files not seen")
             return None
         try:
             manifest = read_manifest(self.out)

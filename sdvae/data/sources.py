@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sdvae.errors import ConfigError, ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFile", "file_digest", "find_images", "folder_digest", "os_reason"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFile", "TarMember", "file_digest", "find_images", "folder_digest", "os_reason"]
 
 # Names that mean a picture. HEIC and JPEG XL are among them although Pillow alone reads neither: a picture that
 # cannot be read is to be reported, not passed over in silence. Camera raw files are not: they lie beside the JPEG of
@@ -27,11 +27,49 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 
 
 @dataclass(frozen=True)
+class TarMember:
+    """Where a file lies in an uncompressed tar."""
+
+    tar: Path
+    offset: int  # bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class ImageFile:
     """An image on disk. It may turn out to be unreadable: only its name has been looked at."""
 
     key: str  # posix path relative to the root of the search, with suffix; unique in its list
-    path: Path  # where to open it
+    path: Path  # where to open it; for lists and messages only where it is in a tar
+    member: TarMember | None = None  # where it is in a tar
+
+    def stamp(self) -> tuple[int, int]:
+        """Size in bytes and time in ns: a quick sign that it is unchanged. Raises: OSError."""
+        if self.member:
+            return self.member.size_bytes, self.member.tar.stat().st_mtime_ns
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def content(self) -> Path | bytes:
+        """The file, or in a tar its bytes. Raises: ImageError."""
+        if self.member is None:
+            return self.path
+        try:
+            with self.member.tar.open("rb") as file:
+                file.seek(self.member.offset)
+                data = file.read(self.member.size_bytes)
+        except OSError as error:
+            raise ImageError(f"{self.path}: {os_reason(error)}") from error
+        if len(data) < self.member.size_bytes:
+            raise ImageError(f"{self.path}: the tar is shorter than it was when it was listed")
+        return data
+
+    def digest(self) -> str:
+        """Of its bytes, as `file_digest`. Raises: ImageError."""
+        content = self.content()
+        if isinstance(content, Path):
+            return file_digest(content)
+        return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def find_images(spec: str | Path) -> list[ImageFile]:

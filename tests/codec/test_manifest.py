@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdvae.codec import cache_writer
+from sdvae.codec import listing
 from sdvae.codec.cache_files import find_cache_files
 from sdvae.codec.cache_formats import read_items
 from sdvae.codec.manifest import Manifest, manifest_format, read_manifest, write_manifest
@@ -102,7 +102,7 @@ def test_what_is_listed_and_unchanged_is_not_read_again(
         read.append(path)
         return read_items(path, format)
 
-    monkeypatch.setattr(cache_writer, "read_items", counting)
+    monkeypatch.setattr(listing, "read_items", counting)
     encode_folder(images, out, vae=vae_path, format=format)
     assert read == [] and (out / "manifest.jsonl").stat().st_mtime_ns == times
     touched = find_cache_files(out, format)[0]
