@@ -9,6 +9,8 @@ is computed twice instead where memory is limited.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -36,7 +38,8 @@ _transformed: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDicti
 
 STRIP_BYTES = 2 * 2**20  # of a strip of a layer's result, where that leaves more than the least number of rows
 LEAST_ROWS = 16
-SCRATCH_BYTES = 80 * 2**20  # of a thread, for blocks of tiles
+STRIP_COPIES = 9  # of a strip, in different stages, that a thread holds
+SCRATCH_BYTES = 100 * 2**20  # of a thread, for blocks of tiles
 WEIGHT_BYTES = 150 * 2**20  # transformed weights of one layer
 
 
@@ -58,7 +61,7 @@ def least_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: i
     levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
     widths = [block.resnets[-1].conv2.out_channels for block in levels]
     maps = [channels * (height >> level) * (width >> level) for level, channels in enumerate(widths)]
-    return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(STEP * width * max(widths[:2]), itemsize)
+    return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(2 * STEP * width * max(widths[:2]), itemsize)
 
 
 def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: int = 4) -> int:
@@ -75,7 +78,7 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: in
 
 def _work_bytes(strip_values: int, itemsize: int) -> int:
     """What it takes to compute strips of so many values in all threads, and to hold the last ones."""
-    return torch.get_num_threads() * (8 * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
+    return torch.get_num_threads() * (STRIP_COPIES * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
 
 
 class _Strips:
@@ -222,17 +225,25 @@ class _Strips:
 
     def _strip_rows(self, node: Layer) -> int:
         """Rows of a strip. It depends on shapes alone, so that the number of threads changes no bit of the result."""
-        row_bytes = node.width * node.channels * self._like.element_size()
+        row_bytes = node.width * max(node.channels, node.source.channels) * self._like.element_size()
         phases = node.height // node.source.height or 1
-        tile_rows = -(-block_tiles(node.source.channels) // -(-node.source.width // STEP))
+        tile_rows = -(-block_tiles(node.source.channels, phases) // -(-node.source.width // STEP))
         rows = max(LEAST_ROWS, STRIP_BYTES // row_bytes, tile_rows * STEP * phases)
         if self._max_bytes is not None:
-            while rows > 2 * STEP and _work_bytes(rows * row_bytes, 1) > self._max_bytes // 4:
+            rows = 2 * LEAST_ROWS  # more, for less that is computed twice where strips overlap
+            while rows > 2 * STEP and STRIP_COPIES * self._num_threads * rows * row_bytes > self._max_bytes // 3:
                 rows //= 2
         return -(-min(rows, -(-node.height // 2)) // (2 * STEP)) * 2 * STEP
 
     def _run(self, node: Layer, rows: int, job: Callable[[int, int], Callable[[], T]], release: bool) -> list[T]:
-        """Do the jobs of all strips, in order or in threads. Returns: their results, in order."""
+        """Do the jobs of all strips. Returns: their results, in order."""
+        try:
+            return self._run_strips(node, rows, job, release)
+        finally:
+            if self._max_bytes is not None and self._like.device.type == "cpu":
+                _return_freed_memory()
+
+    def _run_strips(self, node: Layer, rows: int, job: Callable[[int, int], Callable[[], T]], release: bool) -> list[T]:
         strips = [(start, min(start + rows, node.height)) for start in range(0, node.height, rows)]
         workers = min(self._num_threads, len(strips))
         if self._pool is None or workers == 1:
@@ -265,6 +276,12 @@ class _Strips:
                 future.cancel()
             torch.set_num_threads(self._num_threads)
         return results
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system. glibc keeps it in a heap for each thread, where no other thread finds it."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _in_thread(count: int, inference: bool, job: Callable[[], T]) -> T:

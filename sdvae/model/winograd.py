@@ -113,23 +113,22 @@ def tile_convolution(
     out: (4 * rows * phases, 4 * columns * phases, C_out), written to; any strides with channels last.
     """
     rows, columns = ((extent - 2) // STEP for extent in padded.shape[:2])
-    block_rows, block_columns = _block(rows, columns, padded.shape[2])
+    block_rows, block_columns = _block(rows, columns, block_tiles(padded.shape[2], transform.phases))
     for top in range(0, rows, block_rows):
         for left in range(0, columns, block_columns):
             block = (min(block_rows, rows - top), min(block_columns, columns - left))
             _convolve_block(padded, weights, bias, transform, scratch, out, (top, left), block)
 
 
-def block_tiles(channels: int) -> int:
+def block_tiles(channels: int, phases: int) -> int:
     """Tiles that are best computed together."""
     # Measured with 128, 256 and 512 channels: enough that reading the weights (37 MB with 512 channels) does not count,
     # few enough that what is transformed stays in the cache.
-    return min(max(channels // 2, 64), 256)
+    return min(max(channels // 2, 64), 256) // phases
 
 
-def _block(rows: int, columns: int, channels: int) -> tuple[int, int]:
+def _block(rows: int, columns: int, tiles: int) -> tuple[int, int]:
     """Tiles of a block, down and across."""
-    tiles = block_tiles(channels)
     if columns >= tiles:
         return 1, -(-columns // round(columns / tiles))
     return min(rows, max(1, tiles // columns)), columns
