@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, run_options, shard_option, vae_option, write_options
+from sdvae.cli.options import announce_vae, run_options, tiling_options, shard_option, vae_option, write_options
 from sdvae.codec.launched import join_launched
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 
@@ -36,6 +36,7 @@ Examples:
 )
 @click.option("--allow-other-vae", is_flag=True, help="Decode latents that another VAE made, too.")
 @run_options
+@tiling_options
 @shard_option
 @write_options
 @click.pass_context

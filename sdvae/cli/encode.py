@@ -12,6 +12,7 @@ from sdvae.cli.options import (
     encode_options,
     image_options,
     run_options,
+    tiling_options,
     shard_option,
     vae_option,
     write_options,
@@ -35,6 +36,7 @@ Examples:
 @encode_options
 @image_options
 @run_options
+@tiling_options
 @shard_option
 @click.option(
     "--engine",

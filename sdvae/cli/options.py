@@ -18,6 +18,7 @@ from sdvae.codec.options import (
     KOHYA_SUFFIXES,
     LATENT_DTYPES,
     STORES,
+    TILINGS,
     EncodeOptions,
     RunOptions,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "image_options",
     "json_option",
     "run_options",
+    "tiling_options",
     "shard_option",
     "vae_option",
     "write_options",
@@ -79,6 +81,28 @@ run_options = _together(
         type=click.IntRange(min=1),
         metavar="N",
         help="Threads that read, and as many that write.  [default: one per core, at most 8]",
+    ),
+)
+
+tiling_options = _together(
+    click.option(
+        "--tiling",
+        type=click.Choice(TILINGS),
+        default=RunOptions.tiling,
+        show_default=True,
+        help="exact: in strips, with the result of one pass; auto: where one pass does not fit into memory; blended: "
+        "diffusers' tiles, approximate.",
+    ),
+    click.option(
+        "--max-memory",
+        metavar="SIZE",
+        help="For auto and exact, e.g. 4GB: of the process, on a GPU of its tensors.  [default: what is free]",
+    ),
+    click.option(
+        "--tile-size", type=click.IntRange(min=1), metavar="PX", help="Of blended tiles.  [default: the VAE's]"
+    ),
+    click.option(
+        "--tile-overlap", type=click.FloatRange(0, 1, max_open=True), metavar="SHARE", help="Of them.  [default: 0.25]"
     ),
 )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import announce_vae, image_options, run_options, vae_option, write_options
+from sdvae.cli.options import announce_vae, image_options, run_options, tiling_options, vae_option, write_options
 from sdvae.cli.output import print_json, print_plan, print_reasons, print_table, progress, shown
 from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.errors import ConfigError, OutputExistsError
@@ -41,6 +41,7 @@ Examples:
 @vae_option
 @image_options
 @run_options
+@tiling_options
 @write_options
 @click.pass_context
 def reconstruct_command(
@@ -194,7 +195,10 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
     failed = {failure.key for failure in encoded.failures}
     items = {item.key: item for item in encoding.plan.items if item.key not in failed}
     latents = [LatentSource(item.key, item.output) for item in items.values()]
-    common = {name: getattr(encoding.options, name) for name in ("batch_size", "workers", "overwrite")}
+    common = {
+        name: getattr(encoding.options, name)
+        for name in ("batch_size", "workers", "tiling", "max_memory", "tile_size", "tile_overlap", "overwrite")
+    }
     decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common))
     with progress("decode") as on_progress:
         decoded = decoding.run(on_progress)

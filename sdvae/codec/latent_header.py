@@ -91,6 +91,15 @@ class VaeRecord:
     shift_factor: float | None  # None: 0
     latents_mean: tuple[float, ...] | None = None  # per channel; both count where both are given, else neither does
     latents_std: tuple[float, ...] | None = None
+    tile_size_px: int | None = None  # of blended tiling, which changes what comes out; None: the result of one pass
+    tile_overlap: float | None = None  # share of a tile
+
+    @property
+    def computation(self) -> str:
+        """What a result depends on beside weights and input: the dtype, and blended tiles if there are any."""
+        if self.tile_size_px is None:
+            return self.dtype
+        return f"{self.dtype} in tiles of {self.tile_size_px} px that overlap by {self.tile_overlap:g}"
 
     @property
     def is_per_channel(self) -> bool:
@@ -137,6 +146,8 @@ class LatentHeader:
             del data["source"][name]
         for name in ("name", "latents_mean", "latents_std"):  # the digest of the VAE covers the last two
             del data["vae"][name]
+        if self.vae.tile_size_px is None:  # as files say that were written before it could be anything else
+            del data["vae"]["tile_size_px"], data["vae"]["tile_overlap"]
         del data["sdvae_version"]
         return _digest(data)
 

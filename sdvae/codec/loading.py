@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_autoencoder
 from sdvae.codec.latent_header import VaeRecord
 from sdvae.codec.options import RunOptions
@@ -43,7 +44,7 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
     """Load a VAE for a run.
 
     vae: a reference for `load_autoencoder`, None for the bundled one, or a loaded model, which is used as it stands: on
-    its own device and in its own dtype, whatever the options say. A `LoadedVae` comes back.
+    its own device, in its own dtype and with its own tiling, whatever the options say. A `LoadedVae` comes back.
     Raises: ConfigError for a device that is not there; CheckpointError for a VAE that cannot be loaded.
     """
     if isinstance(vae, LoadedVae):
@@ -59,6 +60,10 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
         torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own `to` warns of a list that is empty
     if (model.config.in_channels, model.config.out_channels) != (3, 3):
         raise ConfigError(f"{name}: this VAE has {model.config.in_channels} input channels; images have 3")
+    if model is not vae:  # a model that was handed in is not changed
+        optimize(model)
+        _set_tiling(model, options)
+    blended = model.use_tiling and model.tiling_mode == "blended"
     record = VaeRecord(
         name=name,
         digest=digest,
@@ -68,11 +73,23 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
         shift_factor=None if model.config.shift_factor is None else float(model.config.shift_factor),
         latents_mean=_per_channel(model, "latents_mean", name),
         latents_std=_per_channel(model, "latents_std", name),
+        tile_size_px=model.tile_sample_min_size if blended else None,
+        tile_overlap=model.tile_overlap_factor if blended else None,
     )
-    loaded = LoadedVae(model=model, record=record, device=device, dtype=dtype)
-    if model is not vae:  # a model that was handed in is not changed
-        model.to(memory_format=loaded.memory_format)
-    return loaded
+    return LoadedVae(model=model, record=record, device=device, dtype=dtype)
+
+
+def _set_tiling(model: AutoencoderKL, options: RunOptions) -> None:
+    """Let a model take large images as the options say. Raises: ConfigError for tiles that cannot be."""
+    if options.tiling == "off":
+        model.disable_tiling()
+    else:
+        model.enable_tiling(
+            options.tiling,
+            max_memory_bytes=options.max_memory_bytes,
+            tile_size_px=options.tile_size,
+            overlap=options.tile_overlap,
+        )
 
 
 def _per_channel(model: AutoencoderKL, field: str, name: str) -> tuple[float, ...] | None:

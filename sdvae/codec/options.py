@@ -5,6 +5,7 @@ The Python functions and the command line both take their defaults from here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -25,8 +26,10 @@ __all__ = [
     "LATENT_DTYPES",
     "SHARDED_FORMATS",
     "STORES",
+    "TILINGS",
     "DecodeOptions",
     "EncodeOptions",
+    "parse_bytes",
 ]
 
 STORES = ("moments", "mode", "sample")
@@ -40,6 +43,7 @@ SHARDED_FORMATS = ("webdataset", "parquet")  # many images to a file; the others
 KOHYA_SUFFIXES = ("sd", "sdxl")
 DEFAULT_SHARD_SIZE = 1000
 DEFAULT_KOHYA_SUFFIX = "sd"
+TILINGS = ("auto", "exact", "blended", "off")
 IMAGE_FORMATS = {"png": ".png", "webp": ".webp", "jpg": ".jpg"}
 
 
@@ -52,6 +56,12 @@ class RunOptions:
     batch_size: int | None = None  # images of equal size that go through the VAE together; None: what suits the device
     workers: int | None = None  # threads that read, and as many that write; None: one per core, at most 8
     overwrite: bool = False  # do again what is done, and replace files that sdvae did not write
+    tiling: str = (
+        "auto"  # exact: in strips, with the result of one pass; auto: where one pass does not fit; blended; off
+    )
+    max_memory: int | str | None = None  # of the process (on a CPU) or its tensors: bytes or "4GB"; None: what is free
+    tile_size: int | None = None  # blended: px; None: the VAE's sample_size
+    tile_overlap: float | None = None  # blended: share of a tile; None: 0.25
     shard: str | None = None  # "2/8": only the second of eight parts of the input; None: all of it
 
     def __post_init__(self) -> None:
@@ -59,8 +69,20 @@ class RunOptions:
         _check_choice("dtype", self.dtype, COMPUTE_DTYPES)
         _check_positive("batch_size", self.batch_size)
         _check_positive("workers", self.workers)
+        _check_choice("tiling", self.tiling, TILINGS)
+        _check_positive("tile_size", self.tile_size)
+        if self.tiling != "blended" and (self.tile_size, self.tile_overlap) != (None, None):
+            raise ConfigError(f"tile_size and tile_overlap are of blended tiling, but tiling is '{self.tiling}'")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+            if self.tiling in ("blended", "off"):
+                raise ConfigError(f"max_memory is given, but tiling is '{self.tiling}'; it is kept by auto and exact")
         if self.shard is not None:
             Part.parse(self.shard)
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else parse_bytes(self.max_memory)
 
     @property
     def part(self) -> Part | None:
@@ -150,6 +172,14 @@ class DecodeOptions(RunOptions):
             raise ConfigError(f"quality is {self.quality}; expected 1 to 100")
         if self.quality is not None and self.format == "png":
             raise ConfigError("quality is given, but png is lossless; leave it out or choose the format webp or jpg")
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes: 4000000000, "4GB" (10 ** 9), "4GiB" (2 ** 30), "500MB". Raises: ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
+    if match is None or not (number := float(match[1])):
+        raise ConfigError(f"max_memory is '{size}'; expected a size such as 4GB, 500MB or 4GiB")
+    return int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
 def _check_choice(name: str, value: str, known: Collection[str]) -> None:

@@ -346,7 +346,7 @@ def mark_for(key: str, header: LatentHeader, options: DecodeOptions, vae: VaeRec
         key=key,
         latent_digest=header.latent_digest,
         vae_digest=vae.digest,
-        dtype=vae.dtype,
+        dtype=vae.computation,
         quality=options.quality,
     )
 
@@ -403,8 +403,8 @@ def _why_settings_differ(
 ) -> str | None:
     if header.vae.digest != vae.digest:
         return f"{OTHER_VAE}: '{header.vae.name}'"
-    if header.vae.dtype != vae.dtype:
-        return f"computed in {header.vae.dtype}"
+    if header.vae.computation != vae.computation:
+        return f"computed in {header.vae.computation}"
     if (header.vae.latents_mean, header.vae.latents_std) != (vae.latents_mean, vae.latents_std):
         return "written without the VAE's latents_mean and latents_std"  # equal digests: by an sdvae that left them out
     if header.preprocessing != preprocessing:

@@ -68,7 +68,13 @@ def open_recorded_vae(settings: CacheSettings, vae: VaeRef, device: str) -> Load
     Raises: ConfigError or CheckpointError where it is not there, or the name stands for another one now.
     """
     record = settings.vae
-    options = EncodeOptions(device=device, dtype=record.dtype)
+    options = EncodeOptions(
+        device=device,
+        dtype=record.dtype,
+        tiling="auto" if record.tile_size_px is None else "blended",
+        tile_size=record.tile_size_px,
+        tile_overlap=record.tile_overlap,
+    )
     if vae is not None:
         return open_vae(vae, options)
     try:

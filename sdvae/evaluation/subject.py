@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
+from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import preferred_memory_format
 from sdvae.model.posterior import DiagonalGaussian
 
@@ -211,6 +213,8 @@ def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype
 
 def _prepared(model: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
     nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own `to` warns of a list that is empty
+    if isinstance(model, AutoencoderKL):
+        optimize(model)
     model.to(memory_format=preferred_memory_format(device))
     return model.eval()  # type: ignore[no-any-return]
 
