@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, run_options, tiling_options, shard_option, vae_option, write_options
+from sdvae.cli.options import announce_vae, run_options, shard_option, tiling_options, vae_option, write_options
 from sdvae.codec.launched import join_launched
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 

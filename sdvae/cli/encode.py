@@ -12,8 +12,8 @@ from sdvae.cli.options import (
     encode_options,
     image_options,
     run_options,
-    tiling_options,
     shard_option,
+    tiling_options,
     vae_option,
     write_options,
 )

@@ -221,6 +221,8 @@ class _Splitting:
             if _is_out_of_memory(error):
                 self._singly = True
                 self._warnings.append(f"out of memory with a batch of {len(batch)}: went on image by image")
+        except SdvaeError:  # a size that does not fit into the memory that is allowed
+            pass
         # Only here, where the exception is gone: its frames hold the tensors of the failed batch.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -236,6 +238,8 @@ class _Splitting:
                     f"out of memory at {size}: encode it smaller (--size), or on a device with more memory"
                 )
             return SdvaeError(f"the VAE failed at {size}: {error}")
+        except SdvaeError as error:
+            return error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
