@@ -216,7 +216,9 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         if mode == "blended" and max_memory_bytes is not None:
             raise ConfigError("blended tiling is given max_memory_bytes; its memory is decided by tile_size_px")
         if mode != "blended" and (tile_size_px, overlap) != (None, None):
-            raise ConfigError(f"{mode} tiling is given a tile size or overlap; it has no tiles to choose: leave them out")
+            raise ConfigError(
+                f"{mode} tiling is given a tile size or overlap; it has no tiles to choose: leave them out"
+            )
         if tile_size_px is not None:
             if tile_size_px < 1 or tile_size_px % self.spatial_compression_ratio:
                 raise ConfigError(
@@ -226,7 +228,9 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
             self.tile_latent_min_size = tile_size_px // self.spatial_compression_ratio
         if overlap is not None:
             if not 0 <= overlap < 1 or int(self.tile_latent_min_size * (1 - overlap)) < 1:
-                raise ConfigError(f"overlap is {overlap}; expected 0 to below 1, with a latent position left of each tile")
+                raise ConfigError(
+                    f"overlap is {overlap}; expected 0 to below 1, with a latent position left of each tile"
+                )
             self.tile_overlap_factor = overlap
         self.use_tiling, self.tiling_mode, self.max_memory_bytes = True, mode, max_memory_bytes
 

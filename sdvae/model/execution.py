@@ -170,9 +170,15 @@ def _too_little(
     network: Encoder | Decoder, size: tuple[int, int], least: int, budget: int, max_bytes: int | None
 ) -> ConfigError:
     what = "decoding" if isinstance(network, Decoder) else "encoding"
-    have = f"{budget / 1e9:.1f} GB are free" if max_bytes is None else f"of {max_bytes / 1e9:.1f} GB, {budget / 1e9:.1f} are left"
+    have = (
+        f"{budget / 1e9:.1f} GB are free"
+        if max_bytes is None
+        else f"of {max_bytes / 1e9:.1f} GB, {budget / 1e9:.1f} are left"
+    )
     need = least if max_bytes is None else least + max_bytes - budget
-    advice = "use a machine with more" if max_bytes is None else f"give a max_memory of {need / 1e9 + 0.05:.1f} GB or more"
+    advice = (
+        "use a machine with more" if max_bytes is None else f"give a max_memory of {need / 1e9 + 0.05:.1f} GB or more"
+    )
     return ConfigError(
         f"{what} {size[1]} x {size[0]} px exactly takes {least / 1e9:.1f} GB of memory for intermediate results, but "
         f"{have}: {advice}, or take blended tiles, which are approximate (--tiling blended)"
