@@ -366,7 +366,7 @@ class Layer(Rows):
         # A block that is not stored asks twice for nearly the same rows: for its first convolution and its shortcut.
         first, rows = getattr(self._last, "rows", (0, None))
         if rows is None or start < first or stop > first + len(rows):
-            first, rows = start, self.compute(start, stop)
+            first, rows = start, self._compute(start, stop)
             self._last.rows = first, rows
         return [rows[start - first : stop - first]]
 
@@ -374,9 +374,12 @@ class Layer(Rows):
     def source(self) -> Rows:
         return self._source
 
-    def forget(self) -> None:
-        """Drop the rows that were computed last."""
-        self._last = threading.local()
+    def _forget(self) -> None:
+        """Drop the rows that this thread computed last, here and above."""
+        self._last.__dict__.clear()
+        for source in (self._source, *(self._shortcut or ())[:1]):
+            if isinstance(source, Layer):
+                source._forget()
 
     def release(self, before: int) -> None:
         first, _ = self._kernel.window(before, before)
@@ -388,6 +391,12 @@ class Layer(Rows):
 
     def compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows of the result. Returns: `out`, or a new tensor, (n, W, C)."""
+        # Rows that were computed for another strip are equal to rounding only, and it depends on the threads which these
+        # are.
+        self._forget()
+        return self._compute(start, stop, out)
+
+    def _compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         scratch = local_scratch()
         top, bottom = self._kernel.window(start, stop)
         inside = max(top, 0), min(bottom, self._source.height)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
-from sdvae.model.rows import Image, Kernel, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
+from sdvae.model.rows import Image, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
 from sdvae.model.winograd import STEP, TileTransform, block_tiles
 
 __all__ = ["least_bytes", "most_bytes", "streamed"]

@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,13 +57,13 @@ def tiny_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each strip that a layer computes."""
     seen: list[int] = []
-    compute = Layer.compute
+    compute = Layer._compute
 
     def counted(self: Layer, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         seen.append(stop - start)
         return compute(self, start, stop, out)
 
-    monkeypatch.setattr(Layer, "compute", counted)
+    monkeypatch.setattr(Layer, "_compute", counted)
     return seen
 
 
@@ -410,11 +411,9 @@ def test_what_is_stored_is_within_the_stated_bounds(build: Any, monkeypatch: pyt
     ledger = Ledger(monkeypatch)
     for height, width in ((256, 64), (64, 256), (400, 8), (512, 40)):
         x = latent(vae, height // 8, width // 8) if part == "decoder" else noise(1, 3, height, width)
-        least = least_bytes(network, height, width)
-        assert ledger.peak_of(lambda x=x: streamed(network, x, least)) <= least  # type: ignore[misc]
-        most = most_bytes(network, height, width)
-        assert ledger.peak_of(lambda x=x: streamed(network, x)) <= most  # type: ignore[misc]
-        assert least <= most
+        least, most = (bound(network, height, width) for bound in (least_bytes, most_bytes))
+        assert ledger.peak_of(partial(streamed, network, x, least)) <= least <= most
+        assert ledger.peak_of(partial(streamed, network, x)) <= most
 
 
 # Weights that change
