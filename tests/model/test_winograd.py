@@ -112,7 +112,7 @@ def test_our_points_are_at_least_twice_as_exact_as_the_usual_ones(kind: str, mon
     monkeypatch.setattr(winograd, "POINTS_OF_TWO_TAPS", (0.0, 1.0, -1.0, 2.0))
     usual = {"convolution": winograd._convolution, "upsampling": winograd._upsampling}[kind]()
     theirs = error(in_tiles(x, weight, None, usual, Scratch()), expected)
-    # seen: 5e-6 against 20e-6 for the convolution, 11e-6 against 24e-6 for the upsampling
+    # seen: 8e-6 against 36e-6 for the convolution, 11e-6 against 24e-6 for the upsampling
     assert ours <= 2e-5 and theirs >= 2 * ours
 
 
