@@ -52,6 +52,8 @@ _KNOWN = {
     nn.Linear,
     nn.ModuleList,
 }
+_REPLACED = ("forward", "_conv_forward")  # the second is what makes images that can be laid side by side
+_CONV = ("zeros", (1, 1), 1)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_diffusers_hook")
 
 FREE_SHARE = 0.8  # of the memory that is free: the rest is for others, and for what an estimate misses
@@ -103,9 +105,13 @@ def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     needs_grad = x.requires_grad or any(parameter.requires_grad for parameter in network.parameters())
     if torch.is_grad_enabled() and needs_grad:
         return "with gradients; use torch.no_grad() or torch.inference_mode()"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return "while hooks watch all layers"
     for name, module in network.named_modules():
-        if type(module) not in _KNOWN or "forward" in vars(module):
+        if type(module) not in _KNOWN or not vars(module).keys().isdisjoint(_REPLACED):
             return f"with {type(module).__name__} in the place of a layer, at {name or 'the top'}"
+        if isinstance(module, nn.Conv2d) and (module.padding_mode, module.dilation, module.groups) != _CONV:
+            return f"with the convolution {name}, which is no longer the usual one: {module.extra_repr()}"
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             return f"while hooks watch the layer {name or 'at the top'}"
     weights = next(network.parameters())
@@ -170,9 +176,15 @@ def _too_little(
     network: Encoder | Decoder, size: tuple[int, int], least: int, budget: int, max_bytes: int | None
 ) -> ConfigError:
     what = "decoding" if isinstance(network, Decoder) else "encoding"
-    have = f"{budget / 1e9:.1f} GB are free" if max_bytes is None else f"of {max_bytes / 1e9:.1f} GB, {budget / 1e9:.1f} are left"
+    have = (
+        f"{budget / 1e9:.1f} GB are free"
+        if max_bytes is None
+        else f"of {max_bytes / 1e9:.1f} GB, {budget / 1e9:.1f} are left"
+    )
     need = least if max_bytes is None else least + max_bytes - budget
-    advice = "use a machine with more" if max_bytes is None else f"give a max_memory of {need / 1e9 + 0.05:.1f} GB or more"
+    advice = (
+        "use a machine with more" if max_bytes is None else f"give a max_memory of {need / 1e9 + 0.05:.1f} GB or more"
+    )
     return ConfigError(
         f"{what} {size[1]} x {size[0]} px exactly takes {least / 1e9:.1f} GB of memory for intermediate results, but "
         f"{have}: {advice}, or take blended tiles, which are approximate (--tiling blended)"

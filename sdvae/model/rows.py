@@ -9,10 +9,11 @@ Letters of the shape comments: n rows of a strip, H, W and C height, width and c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,24 @@ __all__ = ["Image", "Kernel", "Layer", "Memory", "Moments", "Norm", "Rows", "Sto
 CHUNK_BYTES = 40 * 2**20
 
 
+def _computing(dtype: torch.dtype) -> torch.dtype:
+    """What normalisations of features in this dtype are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, sums in one order: torch's operators add up a partial sum for each thread."""
+    count = torch.get_num_threads() if device.type == "cpu" else 1
+    if count > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if count > 1:
+            torch.set_num_threads(count)
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Mean and biased variance of each group of channels over some rows; each (groups,), float64."""
@@ -38,10 +57,16 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, groups: int) -> Moments:
         """x: (n, W, C), contiguous."""
+        with _one_thread(x.device):
+            return cls._of(x, groups)
+
+    @classmethod
+    def _of(cls, x: Tensor, groups: int) -> Moments:
         rows, width, channels = x.shape
         count = rows * width * channels // groups
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            var, mean = torch.var_mean(x.float().view(-1, groups, channels // groups), dim=(0, 2), correction=0)
+            values = x.to(_computing(x.dtype)).view(-1, groups, channels // groups)
+            var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
             return cls(count, mean.double(), var.double())
         folded = width
         while folded % 2 == 0 and rows * (width // folded) < 128:
@@ -69,7 +94,7 @@ class Moments:
 class Norm:
     """A GroupNorm whose statistics are known, and the activation after it."""
 
-    scale: Tensor  # (C,), float32
+    scale: Tensor  # (C,), float32, or float64 for features in that
     shift: Tensor
     activation: Callable[[Tensor], Tensor]  # may work in place
 
@@ -77,15 +102,16 @@ class Norm:
     def of(cls, layer: nn.GroupNorm, moments: Moments, activation: Callable[[Tensor], Tensor]) -> Norm:
         scale = (moments.var + layer.eps).rsqrt()[:, None] * layer.weight.double().view(layer.num_groups, -1)
         shift = layer.bias.double().view(layer.num_groups, -1) - moments.mean[:, None] * scale
-        return cls(scale.flatten().float(), shift.flatten().float(), activation)
+        dtype = _computing(layer.weight.dtype)
+        return cls(scale.flatten().to(dtype), shift.flatten().to(dtype), activation)
 
     def write(self, x: Tensor, out: Tensor) -> None:
         """Normalise and activate some rows. x, out: (n, W, C)."""
-        if x.dtype == torch.float32:
+        if x.dtype == self.scale.dtype:
             torch.addcmul(self.shift, x, self.scale, out=out)
             result = self.activation(out)
         else:
-            result = self.activation(torch.addcmul(self.shift, x.float(), self.scale).to(x.dtype))
+            result = self.activation(torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale).to(x.dtype))
         if result is not out:
             out.copy_(result)
 
@@ -340,7 +366,7 @@ class Layer(Rows):
         # A block that is not stored asks twice for nearly the same rows: for its first convolution and its shortcut.
         first, rows = getattr(self._last, "rows", (0, None))
         if rows is None or start < first or stop > first + len(rows):
-            first, rows = start, self.compute(start, stop)
+            first, rows = start, self._compute(start, stop)
             self._last.rows = first, rows
         return [rows[start - first : stop - first]]
 
@@ -348,20 +374,29 @@ class Layer(Rows):
     def source(self) -> Rows:
         return self._source
 
-    def forget(self) -> None:
-        """Drop the rows that were computed last."""
-        self._last = threading.local()
+    def _forget(self) -> None:
+        """Drop the rows that this thread computed last, here and above."""
+        self._last.__dict__.clear()
+        for source in (self._source, *(self._shortcut or ())[:1]):
+            if isinstance(source, Layer):
+                source._forget()
 
     def release(self, before: int) -> None:
         first, _ = self._kernel.window(before, before)
         if before >= self.height:
             first = self._source.height
         self._source.release(max(first, 0))
-        if self._shortcut is not None and self._shortcut[0] is not self._source:
-            self._shortcut[0].release(before)
+        if self._shortcut is not None and self._shortcut[0] is not getattr(self._source, "source", None):
+            self._shortcut[0].release(before)  # else the convolutions look at rows above, and have released the others
 
     def compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows of the result. Returns: `out`, or a new tensor, (n, W, C)."""
+        # Rows that were computed for another strip are equal to rounding only, and it depends on the threads which these
+        # are.
+        self._forget()
+        return self._compute(start, stop, out)
+
+    def _compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         scratch = local_scratch()
         top, bottom = self._kernel.window(start, stop)
         inside = max(top, 0), min(bottom, self._source.height)

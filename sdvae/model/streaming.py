@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
-from sdvae.model.rows import Image, Kernel, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
+from sdvae.model.rows import Image, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
 from sdvae.model.winograd import STEP, TileTransform, block_tiles
 
 __all__ = ["least_bytes", "most_bytes", "streamed"]
@@ -33,8 +33,7 @@ T = TypeVar("T")
 
 _one_pass = threading.Lock()  # the number of threads of torch is one for the whole process
 
-# Transformed weights by module, each with what tells whether the module's own have changed since.
-_transformed: WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = WeakKeyDictionary()
+_transformed: WeakKeyDictionary[nn.Module, _Transformed] = WeakKeyDictionary()
 
 STRIP_BYTES = 2 * 2**20  # of a strip of a layer's result, where that leaves more than the least number of rows
 LEAST_ROWS = 16
@@ -68,7 +67,9 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: in
     """What intermediate results take where memory is not limited. height, width: of the image, px."""
     levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
     largest = max(
-        (block.resnets[0].conv1.in_channels + block.resnets[0].conv1.out_channels) * (height >> level) * (width >> level)
+        (block.resnets[0].conv1.in_channels + block.resnets[0].conv1.out_channels)
+        * (height >> level)
+        * (width >> level)
         for level, block in enumerate(levels)
     )
     kept = 4 * sum(parameter.numel() for parameter in network.parameters())  # transformed weights
@@ -79,6 +80,32 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: in
 def _work_bytes(strip_values: int, itemsize: int) -> int:
     """What it takes to compute strips of so many values in all threads, and to hold the last ones."""
     return torch.get_num_threads() * (STRIP_COPIES * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
+
+
+class _Transformed:
+    """Transformed weights, with what tells whether the module's own have changed since.
+
+    torch counts changes in place, but not those through `.data`, as diffusers' EMAModel makes them, and new weights may
+    lie where old ones did. So some of the values are compared as well.
+    """
+
+    def __init__(self, weight: Tensor, transform: TileTransform) -> None:
+        self.weights = transform.of_weight(weight)
+        self._transform = transform
+        self._place = weight.data_ptr(), weight.stride(), weight._version
+        self._values = _some_values(weight).clone()
+
+    def is_of(self, weight: Tensor, transform: TileTransform) -> bool:
+        place = weight.data_ptr(), weight.stride(), weight._version
+        return transform is self._transform and place == self._place and torch.equal(_some_values(weight), self._values)
+
+
+def _some_values(weight: Tensor) -> Tensor:
+    """Every 61st value, in the order of memory: of all channels and taps, as 61 is prime."""
+    values = weight.detach()
+    if not values.is_contiguous():
+        values = values.permute(0, 2, 3, 1)  # of channels_last
+    return values.reshape(-1)[::61]
 
 
 class _Strips:
@@ -174,11 +201,10 @@ class _Strips:
         weight = conv.weight
         if self._max_bytes is not None or weight.is_inference():  # whose changes are not counted
             return transform.of_weight(weight)
-        state = (transform, weight.data_ptr(), weight._version)
         kept = _transformed.get(conv)
-        if kept is None or kept[0] != state:
-            kept = _transformed[conv] = (state, transform.of_weight(weight))
-        return kept[1]
+        if kept is None or not kept.is_of(weight, transform):
+            kept = _transformed[conv] = _Transformed(weight, transform)
+        return kept.weights
 
     # What is stored
 
@@ -224,7 +250,8 @@ class _Strips:
     # How strips are computed
 
     def _strip_rows(self, node: Layer) -> int:
-        """Rows of a strip. It depends on shapes alone, so that the number of threads changes no bit of the result."""
+        """Rows of a strip. Where memory is not limited it depends on shapes alone, so that two threads give the bits of
+        one. With more threads than strips, MKL divides sums among those of a strip: equal to rounding."""
         row_bytes = node.width * max(node.channels, node.source.channels) * self._like.element_size()
         phases = node.height // node.source.height or 1
         tile_rows = -(-block_tiles(node.source.channels, phases) // -(-node.source.width // STEP))

@@ -19,7 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CONVOLUTION", "STEP", "UPSAMPLING", "Scratch", "TileTransform", "block_tiles", "tile_convolution", "toom_cook"]
+__all__ = [
+    "CONVOLUTION",
+    "STEP",
+    "UPSAMPLING",
+    "Scratch",
+    "TileTransform",
+    "block_tiles",
+    "tile_convolution",
+    "toom_cook",
+]
 
 STEP = 4  # outputs of one tile along a side, at the resolution of the input
 WINDOW = STEP + 2  # inputs of one tile along a side

@@ -32,6 +32,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import to_diffusers
+from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 
 Images = np.ndarray[Any, Any]
@@ -202,6 +203,22 @@ def test_every_kind_of_pipeline_gives_equal_images_with_either_class_and_when_op
     pipeline = build_kind(kind, parts, xl_parts, pair.stock)
     assert optimize(pipeline) is pipeline and type(pipeline.vae) is AutoencoderKL
     np.testing.assert_allclose(generate(pipeline, **arguments), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
+def test_an_optimized_pipeline_gives_equal_images_where_its_vae_runs_in_strips(
+    parts: Any, levels: Any, make_pair: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = make_pair(**levels(8, 64, groups=4, sample_size=64)).stock
+    photo = torch.rand(2, 3, 128, 136, generator=torch.Generator().manual_seed(3))
+    arguments = {"height": 128, "width": 136} if kind is StableDiffusionPipeline else {"image": photo, "strength": 0.7}
+    expected = generate(build(kind, parts, stock), **arguments)
+    strips: list[int] = []
+    streamed = execution.streamed
+    monkeypatch.setattr(execution, "streamed", lambda *inputs: strips.append(1) or streamed(*inputs))
+    actual = generate(optimize(build(kind, parts, stock)), **arguments)
+    assert actual.shape == (2, 128, 136, 3) and strips
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["xl", "xl image-to-image"])
