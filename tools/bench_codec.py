@@ -5,9 +5,11 @@
     python tools/bench_codec.py --size 64 --config mini    # does it run at all: seconds
 
 Compares, with the same random weights in float32 and on the same random images,
-- ours: `sdvae encode` and `sdvae decode` between reading and writing, that is sdvae's AutoencoderKL in channels_last
-  under inference_mode, the batch stacked and laid out inside the time that is taken;
-- diffusers: the loop that one writes first, diffusers' AutoencoderKL in the default layout under no_grad.
+- ours: `sdvae encode` and `sdvae decode` between reading and writing, that is sdvae's AutoencoderKL after
+  `sdvae.optimize`, or with --plain without it, in channels_last under inference_mode, the batch stacked and laid out
+  inside the time that is taken;
+- diffusers: the loop that one writes first, diffusers' AutoencoderKL in the default layout, or with --channels-last in that
+  one, under no_grad.
 
 How to read the table: seconds are per batch, the median of all repeats with the fastest and the slowest behind it. Both
 run in one process by turns, and each goes first in every other repeat, so that a machine that warms up or is shared
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.optimize import optimize
 from sdvae.model.autoencoder import AutoencoderKL
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -42,7 +45,7 @@ OPERATIONS = ("encode", "decode")
 SIDES = ("ours", "diffusers")
 
 
-def build(side: str, config: str) -> Any:
+def build(side: str, config: str, plain: bool = False, channels_last: bool = False) -> Any:
     """An autoencoder with seeded weights that keep the scale of what passes through, the same on both sides."""
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
@@ -59,7 +62,10 @@ def build(side: str, config: str) -> Any:
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
         else:
             weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return vae.eval().to(memory_format=torch.channels_last) if side == "ours" else vae.eval()
+    vae.eval()
+    if side == "ours" and not plain:
+        optimize(vae)
+    return vae.to(memory_format=torch.channels_last) if side == "ours" or channels_last else vae
 
 
 def make_inputs(operation: str, size: int, batch: int) -> list[Tensor]:
@@ -80,9 +86,10 @@ def run(side: str, vae: Any, operation: str, inputs: list[Tensor]) -> Tensor:
     return output  # type: ignore[no-any-return]
 
 
-def compare_speed(config: str, size: int, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
+def compare_speed(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Seconds of each operation on each side, by turns; the first repeat warms up and is not counted."""
-    vaes = {side: build(side, config) for side in SIDES}
+    vaes = {side: build(side, arguments.config, arguments.plain, arguments.channels_last) for side in SIDES}
+    size, batch, repeats = arguments.size, arguments.batch, arguments.repeats
     result: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         inputs = make_inputs(operation, size, batch)
@@ -121,7 +128,8 @@ def measure_peak(operation: str, side: str, arguments: argparse.Namespace) -> in
     """Largest resident size of this process, bytes, after it built a model and ran one batch."""
     import resource  # not on Windows
 
-    run(side, build(side, arguments.config), operation, make_inputs(operation, arguments.size, arguments.batch))
+    vae = build(side, arguments.config, arguments.plain, arguments.channels_last)
+    run(side, vae, operation, make_inputs(operation, arguments.size, arguments.batch))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -161,6 +169,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="side of the square images, px (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each (default: %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="ours: the plain network, without the fast path")
+    parser.add_argument("--channels-last", action="store_true", help="diffusers: laid out in channels_last")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers there")
     parser.add_argument(
@@ -182,6 +192,8 @@ def setting(arguments: argparse.Namespace) -> dict[str, Any]:
         "size_px": arguments.size,
         "batch": arguments.batch,
         "repeats": arguments.repeats,
+        "plain": arguments.plain,
+        "channels_last": arguments.channels_last,
         "threads": arguments.threads,
         "torch": torch.__version__,
         "diffusers": diffusers_version,
@@ -197,7 +209,7 @@ def main() -> None:
         print(measure_peak(operation, side, arguments))
         return
     peaks = None if sys.platform == "win32" else compare_peaks()
-    speed = compare_speed(arguments.config, arguments.size, arguments.batch, arguments.repeats)
+    speed = compare_speed(arguments)
     report = {"setting": setting(arguments), "speed": speed, "peak_bytes": peaks}
     print(as_table(report))
     if arguments.json:

@@ -24,7 +24,7 @@ def optimize(model: T) -> T | AutoencoderKL:
     On a CPU, in float32 and without gradients, encoding and decoding then run in strips of rows with fewer
     multiplications (docs/speed.md); everywhere, weights are laid out for their device. Numbers are equal to rounding.
 
-    model: any diffusers pipeline whose `vae` is diffusers' AutoencoderKL, which is replaced within it; or such a VAE, or
+    model: any diffusers pipeline whose `vae` is diffusers' AutoencoderKL, which is replaced within it; such a VAE; or
         an AutoencoderKL of sdvae. Device, dtype, mode, slicing and tiling are kept; the weights are shared. The first
         pass makes transformed weights (in a fraction of a second), which take up to five times the memory of the
         network's own; `enable_tiling("exact", max_memory_bytes=...)` goes without.

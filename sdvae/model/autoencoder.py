@@ -207,8 +207,8 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
             that does not fit into memory.
         max_memory_bytes: of exact and auto, with what is in use already: by the process on a CPU, by tensors elsewhere;
             None: what is free.
-        tile_size_px, overlap: of blended tiles; a multiple of the compression ratio, and the share of a tile, 0 to below
-            1, that two tiles have in common. None: `sample_size`, and 0.25, as diffusers.
+        tile_size_px, overlap: of blended tiles; a multiple of the compression ratio, and the share of a tile, below 1,
+            that two tiles have in common. None: `sample_size`, and 0.25, as diffusers.
         Raises: ConfigError.
         """
         if mode not in TILING_MODES or mode == "off":

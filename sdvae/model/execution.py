@@ -96,7 +96,7 @@ def execute(
 
 def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     """Why only `forward` can run this network now, as the end of a sentence; empty where strips can."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "while the network is compiled or traced"
     if type(x) not in (Tensor, nn.Parameter):
         return f"with a {type(x).__name__} as input"

@@ -147,7 +147,7 @@ class _Strips:
     def decode(self, z: Tensor) -> Tensor:
         """z: (latent_channels, h, w), after post_quant_conv. Returns: (C, H, W)."""
         network = self._network
-        h = self.mid_block(self.store(self.layer(Image(z), network.conv_in)), network.mid_block)
+        h: Rows = self.mid_block(self.store(self.layer(Image(z), network.conv_in)), network.mid_block)
         for block in network.up_blocks:
             for resnet in block.resnets:
                 h = self.resnet(h, resnet)
@@ -156,7 +156,7 @@ class _Strips:
                 h = self.store(large, last_use=True) if self.has_room(h, large) else self.measure(large)
         return self.image(self.layer(h, network.conv_out, self.norm(h, network.conv_norm_out, silu)))
 
-    def mid_block(self, h: Rows, block: UNetMidBlock2D) -> Rows:
+    def mid_block(self, h: Stored, block: UNetMidBlock2D) -> Stored:
         h = self.resnet(h, block.resnets[0])
         for attention in block.attentions:
             h = self.attention(h, attention)
@@ -306,7 +306,7 @@ class _Strips:
 
 
 def _return_freed_memory() -> None:
-    """Give freed memory back to the system. glibc keeps it in a heap for each thread, where no other thread finds it."""
+    """Give freed memory back to the system: glibc keeps it in a heap for each thread, and no other thread finds it."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

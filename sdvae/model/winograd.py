@@ -2,9 +2,9 @@
 
 A tile of 6x6 inputs is transformed, multiplied with transformed weights position by position (which over many tiles and
 all channels is a batch of matrix products), and transformed back: 36 multiplications instead of 144. An upsampling by
-nearest neighbour with a 3x3 convolution after it is four 2x2 convolutions of the small image, one for each parity of the
-output's row and column; from one such tile come 8x8 outputs with 100 multiplications instead of 576. The transforms are
-matrix products too. All of it is torch's own operators on blocks that stay in the cache.
+nearest neighbour with a 3x3 convolution after it is four 2x2 convolutions of the small image, one for each parity of
+the output's row and column; from one such tile come 8x8 outputs with 100 multiplications instead of 576. The transforms
+are matrix products too. All of it is torch's own operators on blocks that stay in the cache.
 
 Float32 on a CPU; plain tensors, no modules. Images are (H, W, C) here, channels last.
 
