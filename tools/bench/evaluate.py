@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Is `sdvae evaluate` faster than the same metrics through torchmetrics, and does it give the same numbers? On a CPU.
 
-    python tools/bench_evaluate.py --weights FOLDER                                # some minutes
-    taskset -c 0 python tools/bench_evaluate.py --weights FOLDER --threads 1       # on one core
-    python tools/bench_evaluate.py --weights FOLDER --images 4 --rounds 1 --size 64 --batches 1    # does it run at all
+    python tools/bench/evaluate.py --weights FOLDER                                # some minutes
+    taskset -c 0 python tools/bench/evaluate.py --weights FOLDER --threads 1       # on one core
+    python tools/bench/evaluate.py --weights FOLDER --images 4 --rounds 1 --size 64 --batches 1    # does it run at all
 
 PSNR, SSIM, LPIPS (alex) and rFID of one VAE over a folder of photographs, in float32:
 - ours: `sdvae evaluate` as it runs, without stress tests and gallery. It also measures the latents, keeps numbers per

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Is a training step of sdvae faster than one written with diffusers, does it take less memory, what gives how much?
 
-    python tools/bench_train.py                                                          # some minutes
-    python tools/bench_train.py --size 32 --batch 2 --widths 16,32 --groups 4 --repeats 1  # does it run at all: seconds
+    python tools/bench/train.py                                                          # some minutes
+    python tools/bench/train.py --size 32 --batch 2 --widths 16,32 --groups 4 --repeats 1  # does it run at all: seconds
 
 A step is one update of the autoencoder and, with a discriminator, one update of that: all `training.steps` counts.
 Compared, in float32, with the same weights, batches and losses (L1, LPIPS of VGG, KL; PatchGAN, hinge, balanced at the
