@@ -22,7 +22,19 @@ from torch import Tensor, nn
 
 from sdvae.model.winograd import CONVOLUTION, STEP, UPSAMPLING, Scratch, TileTransform, tile_convolution
 
-__all__ = ["Image", "Kernel", "Layer", "Memory", "Moments", "Norm", "Rows", "Stored", "build_kernel", "local_scratch"]
+__all__ = [
+    "Image",
+    "Kernel",
+    "Layer",
+    "Memory",
+    "Moments",
+    "Norm",
+    "Rows",
+    "Stored",
+    "build_kernel",
+    "forget_scratch",
+    "local_scratch",
+]
 
 # Chunks above the size from which glibc's malloc gives memory straight back to the system when it is freed.
 CHUNK_BYTES = 40 * 2**20
@@ -342,6 +354,11 @@ def local_scratch() -> Scratch:
     if not hasattr(_local, "scratch"):
         _local.scratch = Scratch()
     return _local.scratch  # type: ignore[no-any-return]
+
+
+def forget_scratch() -> None:
+    """Free them. To be called at the end of a pass: tensors made in inference mode cannot be written to outside it."""
+    _local.__dict__.clear()
 
 
 class Layer(Rows):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae.model.layers import Attention, Decoder, Encoder, ResnetBlock2D, UNetMidBlock2D, silu
-from sdvae.model.rows import Image, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel
+from sdvae.model.rows import Image, Layer, Memory, Moments, Norm, Rows, Stored, build_kernel, forget_scratch
 from sdvae.model.winograd import STEP, TileTransform, block_tiles
 
 __all__ = ["least_bytes", "most_bytes", "streamed"]
@@ -126,6 +126,7 @@ class _Strips:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        forget_scratch()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._num_threads)

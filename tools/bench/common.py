@@ -43,7 +43,9 @@ def build_vae(cls: Any, config: str, *, dtype: torch.dtype = torch.float32, devi
     fields = CONFIGS[config]
     levels = len(fields["block_out_channels"])
     with torch.device("meta"):
-        vae = cls(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **fields)
+        vae = cls(
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **fields
+        )
     if torch.device(device).type == "meta":
         return vae.eval()
     vae.to_empty(device="cpu")

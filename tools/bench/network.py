@@ -94,9 +94,7 @@ class Cell:
     batch: int
 
     def task(self, scratch: Path) -> Task:
-        return Task(
-            operation=self.operation, config=self.config, dtype=self.dtype, device=self.device, scratch=scratch
-        )
+        return Task(operation=self.operation, config=self.config, dtype=self.dtype, device=self.device, scratch=scratch)
 
     def input(self, dtype: str | None = None) -> Tensor:
         return make_input(
@@ -118,7 +116,9 @@ class Limits:
             raise OutOfTime
 
 
-def measure_cell(cell: Cell, names: Sequence[str], peaks: Peaks, limits: Limits, scratch: Path) -> Iterator[dict[str, Any]]:
+def measure_cell(
+    cell: Cell, names: Sequence[str], peaks: Peaks, limits: Limits, scratch: Path
+) -> Iterator[dict[str, Any]]:
     """Yields: the cell's entry, after every round. The last one is complete, unless time runs out before."""
     layers = layers_of(cell.config, cell.operation, cell.size_px, cell.batch, cell.dtype)
     entry = asdict(cell) | {"complete": False, "work": work(layers, peaks)}
@@ -365,7 +365,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--cell-minutes", type=float, default=float("inf"), help="no new round of a cell after so long (default: none)"
     )
     parser.add_argument(
-        "--budget-minutes", type=float, default=float("inf"), help="stop before a round that takes longer (default: none)"
+        "--budget-minutes",
+        type=float,
+        default=float("inf"),
+        help="stop before a round that takes longer (default: none)",
     )
     parser.add_argument("--resume", action="store_true", help="leave out cells that FILE has")
     # how the script calls itself

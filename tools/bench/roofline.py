@@ -59,7 +59,9 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def _keep(self, macs: int, *tensors: Tensor) -> None:
-        self.layers.append(Layer(macs=macs, num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+        self.layers.append(
+            Layer(macs=macs, num_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        )
 
 
 @cache

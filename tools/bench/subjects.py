@@ -127,7 +127,10 @@ SUBJECTS: dict[str, Callable[[Task], Run]] = {
     "openvino": open_openvino,
 }
 EXPORTED = ("onnxruntime", "openvino")
-PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino")}
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+}
 
 
 def why_not(name: str, *, device: str, dtype: str) -> str:
