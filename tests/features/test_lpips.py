@@ -237,7 +237,8 @@ def test_small_gradients_survive_half_precision(random_weights: Path) -> None:
     with torch.autocast("cpu", dtype=torch.float16):
         distance = network(recon, x)
     (gradient,) = torch.autograd.grad(distance.sum(), recon)
-    assert not ((gradient == 0) & (expected != 0)).any()
+    vanished = ((gradient == 0) & (expected != 0)).float().mean()
+    assert vanished < 1e-3  # some CPUs round a few sums to exactly 0; without scaling most of the gradient is
 
 
 def test_a_half_precision_reconstruction_gets_a_gradient_of_its_own_type(ours: LPIPS) -> None:
