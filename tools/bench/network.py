@@ -5,7 +5,6 @@
     python tools/bench/network.py --json result.json --resume --budget-minutes 60     # an hour of what is missing
     python tools/bench/network.py --json result.json --device cuda --dtype bfloat16   # into the same file
     python tools/bench/network.py --json /tmp/try.json --config tiny --sizes 64 --batches 1 --subjects diffusers sdvae
-    python tools/bench/show.py result.json --table --plot speed.svg                   # what came out
 
 Subjects, all with the same seeded random weights (times do not depend on them) and the same input:
 - diffusers: its AutoencoderKL as pipelines run it, eager, in the default layout; the one that all are compared with
@@ -74,7 +73,7 @@ from subjects import EXPORTED, SUBJECTS, Run, Task, Unavailable, export, why_not
 from torch import Tensor
 
 BASELINE = "diffusers"
-DIRECT = "direct"  # the name that show.py gives to what roofline.py counts
+DIRECT = "direct"  # the name of what roofline.py counts
 LEFT_OUT_ERRORS = (Unavailable, ChildFailed, RuntimeError, MemoryError, ImportError)  # torch's are RuntimeErrors
 
 
