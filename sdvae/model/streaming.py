@@ -60,7 +60,9 @@ def least_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: i
     levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
     widths = [block.resnets[-1].conv2.out_channels for block in levels]
     maps = [channels * (height >> level) * (width >> level) for level, channels in enumerate(widths)]
-    return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(2 * STEP * width * max(widths[:2]), itemsize)
+    return itemsize * max(*maps, 6 * maps[-1]) + _work_bytes(
+        2 * STEP * width * max(widths[:2]), itemsize, _num_workers(network)
+    )
 
 
 def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: int = 4) -> int:
@@ -74,12 +76,18 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: in
     )
     kept = 4 * sum(parameter.numel() for parameter in network.parameters())  # transformed weights
     least = least_bytes(network, height, width, itemsize)
-    return itemsize * (largest + kept) + max(least - itemsize * largest, _work_bytes(STRIP_BYTES // itemsize, itemsize))
+    work = _work_bytes(STRIP_BYTES // itemsize, itemsize, _num_workers(network))
+    return itemsize * (largest + kept) + max(least - itemsize * largest, work)
 
 
-def _work_bytes(strip_values: int, itemsize: int) -> int:
-    """What it takes to compute strips of so many values in all threads, and to hold the last ones."""
-    return torch.get_num_threads() * (STRIP_COPIES * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
+def _num_workers(network: Encoder | Decoder) -> int:
+    """Strips that are computed at a time: one in each of torch's threads on a CPU, one after the other elsewhere."""
+    return torch.get_num_threads() if next(network.parameters()).device.type == "cpu" else 1
+
+
+def _work_bytes(strip_values: int, itemsize: int, workers: int) -> int:
+    """What it takes to compute so many strips at a time, of so many values, and to hold the last ones."""
+    return workers * (STRIP_COPIES * strip_values * itemsize + SCRATCH_BYTES) + WEIGHT_BYTES
 
 
 class _Transformed:
@@ -117,11 +125,11 @@ class _Strips:
         self._memory = Memory(x)
         self._groups = network.conv_norm_out.num_groups
         self._max_bytes = max_bytes
-        self._num_threads = torch.get_num_threads()
+        self._num_threads = _num_workers(network)
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> _Strips:
-        if self._like.device.type == "cpu" and self._num_threads > 1:
+        if self._num_threads > 1:
             self._pool = ThreadPoolExecutor(self._num_threads, "sdvae-strips")
         return self
 
@@ -214,7 +222,8 @@ class _Strips:
         if self._max_bytes is None:
             return True
         itemsize = self._like.element_size()
-        work = _work_bytes(self._strip_rows(result) * result.width * max(source.channels, result.channels), itemsize)
+        values = self._strip_rows(result) * result.width * max(source.channels, result.channels)
+        work = _work_bytes(values, itemsize, self._num_threads)
         return itemsize * (source.num_values + result.num_values) + work <= self._max_bytes
 
     def store(self, node: Layer, last_use: bool = False) -> Stored:

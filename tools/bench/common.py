@@ -47,7 +47,7 @@ def build_vae(cls: Any, config: str, *, dtype: torch.dtype = torch.float32, devi
             down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **fields
         )
     if torch.device(device).type == "meta":
-        return vae.eval()
+        return vae.eval().to(dtype)
     vae.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, weight in sorted(vae.state_dict().items()):
@@ -55,7 +55,8 @@ def build_vae(cls: Any, config: str, *, dtype: torch.dtype = torch.float32, devi
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
         else:
             weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return vae.eval().to(device=device, dtype=dtype)
+    torch.nn.Module.to(vae, device=device, dtype=dtype)  # diffusers' own warns of layers that these VAEs do not have
+    return vae.eval()
 
 
 def make_input(

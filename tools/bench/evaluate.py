@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +49,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from common import by_turns, call_child, cpu_name, num_cores, peak_bytes, reset_peak, versions, with_range
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints.store import bundled_path
 from sdvae.data.sources import find_images
@@ -268,15 +267,11 @@ def choose_ways(setting: Setting, batches: Sequence[int]) -> dict[str, Way]:
     return ways
 
 
-def by_turns(round_number: int) -> Sequence[str]:
-    return SIDES if round_number % 2 else SIDES[::-1]
-
-
 def compare_runs(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dict[str, list[Run]]:
     """By turns; the first round warms up and is not kept."""
     runs: dict[str, list[Run]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
-        for side in by_turns(number):
+        for side in by_turns(number, SIDES):
             found = run(side, setting, ways)
             if number:
                 runs[side].append(found)
@@ -302,7 +297,7 @@ def compare_parts(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dic
     found: dict[str, dict[str, list[float]]] = {name: {side: [] for side in SIDES} for name in steps["ours"]}
     for number in range(rounds + 1):
         for name in found:
-            for side in by_turns(number):
+            for side in by_turns(number, SIDES):
                 batch, function = steps[side][name]
                 started = time.perf_counter()
                 for start in range(0, len(image), batch):
@@ -354,21 +349,20 @@ def their_steps(setting: Setting, way: Way, pixels: Tensor, image: Tensor, recon
 
 def compare_peaks(ways: Mapping[str, Way]) -> dict[str, int]:
     """Bytes, measured by this script with the same arguments in processes of their own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--measure-peak"]
+    command = [__file__, *sys.argv[1:], "--measure-peak"]
 
     def measure(side: str) -> int:
         batch = ways[side].batch if side in ways else 1
-        return int(subprocess.run([*command, side, str(batch)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+        return int(call_child([*command, side, str(batch)]))
 
     return {side: measure(side) for side in SIDES}
 
 
 def measure_peak(side: str, setting: Setting, ways: Mapping[str, Way]) -> int:
     """Largest resident size of this process in one run, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): begins anew, for a child's begins with its parent's
+    reset_peak()
     run(side, setting, ways)
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return peak_bytes()
 
 
 def differences(runs: Mapping[str, Sequence[Run]]) -> dict[str, float]:
@@ -394,10 +388,10 @@ def as_table(report: dict[str, Any]) -> str:
     runs = report["runs"]
 
     def add(title: str, columns: Mapping[str, Sequence[float]], *, more_is_better: bool = False) -> None:
-        line = f"{title:22}{_with_range(columns['ours']):>24}"
+        line = f"{title:22}{_with_digits(columns['ours']):>24}"
         for side in LAYOUTS:
             factor = median(columns[side]) / median(columns["ours"])
-            line += f"{_with_range(columns[side]):>24}{1 / factor if more_is_better else factor:>6.2f}"
+            line += f"{_with_digits(columns[side]):>24}{1 / factor if more_is_better else factor:>6.2f}"
         lines.append(line)
 
     def add_of_runs(title: str, get: Callable[[dict[str, Any]], float], *, more_is_better: bool = False) -> None:
@@ -419,10 +413,8 @@ def as_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _with_range(values: Sequence[float]) -> str:
-    digits = 2 if median(values) < 100 else 0
-    middle, low, high = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
-    return f"{middle} ({low} .. {high})" if len(values) > 1 else middle
+def _with_digits(values: Sequence[float]) -> str:
+    return with_range(values, ".2f" if median(values) < 100 else ".0f")
 
 
 def gather_photos(source: Path, count: int, folder: Path) -> Path:
@@ -433,19 +425,6 @@ def gather_photos(source: Path, count: int, folder: Path) -> Path:
         path = files[number % len(files)].path
         shutil.copy(path, folder / f"{number:05d}{path.suffix}")
     return folder
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def num_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -476,9 +455,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def description(arguments: argparse.Namespace, ways: Mapping[str, Way]) -> dict[str, Any]:
-    from diffusers import __version__ as diffusers_version
-    from torchmetrics import __version__ as torchmetrics_version
-
     return {
         "images": arguments.images,
         "size_px": arguments.size,
@@ -487,9 +463,7 @@ def description(arguments: argparse.Namespace, ways: Mapping[str, Way]) -> dict[
         "workers": arguments.workers,
         "rounds": arguments.rounds,
         "batches": " and ".join(str(way.batch) for way in ways.values()),
-        "torch": torch.__version__,
-        "diffusers": diffusers_version,
-        "torchmetrics": torchmetrics_version,
+        **versions("torch", "diffusers", "torchmetrics"),
         "cpu": cpu_name(),
     }
 

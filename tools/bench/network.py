@@ -5,6 +5,7 @@
     python tools/bench/network.py --json result.json --resume --budget-minutes 60     # an hour of what is missing
     python tools/bench/network.py --json result.json --device cuda --dtype bfloat16   # into the same file
     python tools/bench/network.py --json /tmp/try.json --config tiny --sizes 64 --batches 1 --subjects diffusers sdvae
+    python tools/bench/show.py result.json --table --plot speed.svg                   # what came out
 
 Subjects, all with the same seeded random weights (times do not depend on them) and the same input:
 - diffusers: its AutoencoderKL as pipelines run it, eager, in the default layout; the one that all are compared with
@@ -48,6 +49,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from common import (
     CONFIGS,
     DTYPES,
@@ -70,10 +73,8 @@ from common import (
 )
 from roofline import Peaks, layers_of, measure_peaks, work
 from subjects import EXPORTED, SUBJECTS, Run, Task, Unavailable, export, why_not
-from torch import Tensor
 
 BASELINE = "diffusers"
-DIRECT = "direct"  # the name of what roofline.py counts
 LEFT_OUT_ERRORS = (Unavailable, ChildFailed, RuntimeError, MemoryError, ImportError)  # torch's are RuntimeErrors
 
 
@@ -122,7 +123,7 @@ def measure_cell(
     layers = layers_of(cell.config, cell.operation, cell.size_px, cell.batch, cell.dtype)
     entry = asdict(cell) | {"complete": False, "work": work(layers, peaks)}
     fresh, left_out = measure_all_fresh(cell, names, limits, scratch)
-    runs, outputs_facts = open_runs(cell, [name for name in names if name not in left_out], left_out, scratch)
+    runs, facts = open_runs(cell, [name for name in names if name not in left_out], left_out, scratch)
     x = cell.input()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     began, last_round_s = time.monotonic(), 0.0
@@ -134,8 +135,8 @@ def measure_cell(
         last_round_s = time.monotonic() - started
         found = {name: summary(seconds[name], seconds[BASELINE], entry["work"]["direct_s"]) for name in runs}
         entry |= {
-            "output_scale": outputs_facts["scale"],
-            "subjects": {name: found[name] | outputs_facts[name] | {"fresh": fresh.get(name)} for name in runs},
+            "output_scale": facts["scale"],
+            "subjects": {name: found[name] | facts[name] | {"fresh": fresh.get(name)} for name in runs},
             "left_out": left_out,
             "complete": number == limits.repeats or time.monotonic() - began > limits.cell_s,
         }
@@ -367,7 +368,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--budget-minutes",
         type=float,
         default=float("inf"),
-        help="stop before a round that takes longer (default: none)",
+        help="begin no round beyond it (default: none)",
     )
     parser.add_argument("--resume", action="store_true", help="leave out cells that FILE has")
     # how the script calls itself

@@ -15,10 +15,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import DTYPES, build_vae, make_input, run_vae, timed
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from common import DTYPES, build_vae, make_input, run_vae, timed
 
 TRIES = 5
 
@@ -69,7 +70,7 @@ def layers_of(config: str, operation: str, size: int, batch: int, dtype: str) ->
     """Nothing is computed: the tensors have shapes only."""
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
-    vae = build_vae(StockAutoencoderKL, config, device="meta").to(DTYPES[dtype])
+    vae = build_vae(StockAutoencoderKL, config, device="meta", dtype=DTYPES[dtype])
     x = make_input(operation, size, batch, dtype=DTYPES[dtype], device="meta")
     with torch.no_grad(), _Recorder() as recorder:
         run_vae(vae, operation, x)

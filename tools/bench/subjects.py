@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, build_vae, run_vae
 from torch import Tensor
 
+from common import DTYPES, build_vae, run_vae
 from sdvae.checkpoints.onnx import export_onnx
 from sdvae.checkpoints.optimize import optimize
 from sdvae.model.autoencoder import AutoencoderKL  # before diffusers, for torchvision's sake
@@ -127,17 +127,14 @@ SUBJECTS: dict[str, Callable[[Task], Run]] = {
     "openvino": open_openvino,
 }
 EXPORTED = ("onnxruntime", "openvino")
-PACKAGES = {
-    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
-}
+EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the export is checked in onnxruntime
 
 
 def why_not(name: str, *, device: str, dtype: str) -> str:
     """A reason why a subject cannot take part here, or an empty text."""
     if name not in EXPORTED:
         return ""
-    if missing := [package for package in PACKAGES[name] if find_spec(package) is None]:
+    if missing := [package for package in (*EXPORT_PACKAGES, name) if find_spec(package) is None]:
         return f"not installed: {', '.join(missing)}"
     if device != "cpu":
         return "measured on CPUs only"

@@ -35,8 +35,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -49,11 +47,11 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import by_turns, call_child, cpu_name, peak_bytes, reset_peak, resident_bytes, versions
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.data.loader import Batch
 from sdvae.features.lpips import LPIPS, build_lpips
@@ -321,7 +319,7 @@ def compare_speed(mode: str, setting: Setting, repeats: int) -> dict[str, dict[s
     times: dict[str, list[float]] = {row: [] for row in contenders}
     first: dict[str, dict[str, float]] = {}
     for repeat in range(WARMUP + repeats):
-        for row in contenders if repeat % 2 else reversed(contenders):
+        for row in by_turns(repeat, list(contenders)):
             torch.manual_seed(repeat)  # the noise on z
             start = time.perf_counter()
             logs = contenders[row].step(batches)
@@ -360,25 +358,19 @@ def _difference(logs: dict[str, float], ours: dict[str, float]) -> float:
 
 def compare_peaks(mode: str, weights_path: Path) -> dict[str, int]:
     """Growth in bytes, measured by this script with the same arguments in processes of their own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--weights", str(weights_path), "--measure-peak", mode]
+    command = [__file__, *sys.argv[1:], "--weights", str(weights_path), "--measure-peak", mode]
 
-    def measure(row: str) -> int:
-        child = subprocess.run([*command, row], check=True, stdout=subprocess.PIPE, text=True)
-        return int(child.stdout)
-
-    return {row: measure(row) for row in rows_of(mode) if row in WITH_PEAK}
+    return {row: int(call_child([*command, row])) for row in rows_of(mode) if row in WITH_PEAK}
 
 
 def measure_peak(row: str, setting: Setting) -> int:
     """Bytes by which this process grows in three steps, from when all networks are there."""
     contender, batches = build(row, setting), setting.batches()
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the largest size begins anew
+    before = resident_bytes()
+    reset_peak()
     for _ in range(3):  # the optimizer's states come with the first
         contender.step(batches)
-    status = Path("/proc/self/status").read_text()
-    largest = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(largest - before)
+    return peak_bytes() - before
 
 
 def write_random_vgg(folder: Path) -> Path:
@@ -412,14 +404,6 @@ def as_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="32,64,128,128", help="block_out_channels (default: %(default)s)")
@@ -450,8 +434,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def description(arguments: argparse.Namespace) -> dict[str, Any]:
-    from diffusers import __version__ as diffusers_version
-
     return {
         "widths": "-".join(map(str, arguments.widths)),
         "layers": arguments.layers,
@@ -461,8 +443,7 @@ def description(arguments: argparse.Namespace) -> dict[str, Any]:
         "repeats": arguments.repeats,
         "threads": arguments.threads,
         "vgg_weights": "random" if arguments.weights is None else str(arguments.weights),
-        "torch": torch.__version__,
-        "diffusers": diffusers_version,
+        **versions("torch", "diffusers"),
         "cpu": cpu_name(),
     }
 
