@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -115,11 +115,32 @@ class Preprocessing:
     background: str  # colour under transparent pixels
     size: int | None  # short side after resizing, px; None: not resized
     crop: str  # none or center
+    # JPEGs were decoded at 1/2, 1/4 or 1/8 while their short side stayed this many times `size`; None: whole
+    jpeg_margin: int | None = None
 
     @property
     def digest(self) -> str:
-        """sha256:<hex> over the fields above."""
-        return _digest(asdict(self))
+        """sha256:<hex> over the fields above; without `jpeg_margin` where it is None, as before there was one."""
+        data = asdict(self)
+        if self.jpeg_margin is None:
+            del data["jpeg_margin"]
+        return _digest(data)
+
+    @property
+    def min_side_px(self) -> int | None:
+        """To this short side a JPEG may be reduced while it is decoded; None: not at all."""
+        return None if self.size is None or self.jpeg_margin is None else self.size * self.jpeg_margin
+
+    def differs_for(self, source: SourceRecord, other: Preprocessing) -> bool:
+        """Whether the other one may give other pixels for this file. Every large one might be a JPEG."""
+        if replace(self, jpeg_margin=None) != replace(other, jpeg_margin=None):
+            return True
+        return self._reduction(source) != other._reduction(source)
+
+    def _reduction(self, source: SourceRecord) -> int:
+        """At which part of its size the file is decoded, if it is a JPEG."""
+        short, limit = min(source.width, source.height), self.min_side_px
+        return 1 if limit is None else next((part for part in (8, 4, 2) if short // part >= limit), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +169,8 @@ class LatentHeader:
             del data["vae"][name]
         if self.vae.tile_size_px is None:  # as files say that were written before it could be anything else
             del data["vae"]["tile_size_px"], data["vae"]["tile_overlap"]
+        if self.preprocessing.jpeg_margin is None:  # likewise
+            del data["preprocessing"]["jpeg_margin"]
         del data["sdvae_version"]
         return _digest(data)
 

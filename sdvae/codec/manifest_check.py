@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.manifest import CacheSettings, Manifest, ManifestFile
 from sdvae.codec.reencoding import StoredLatent, short_digest
 from sdvae.data.sources import file_digest
@@ -35,9 +36,12 @@ def item_differs(item: StoredLatent, listed: ManifestFile, index: int) -> str | 
     return "; ".join(wrong) or None
 
 
-def settings_differ(found: CacheSettings, expected: CacheSettings) -> str | None:
-    """What decides the latents differently from the rest of the cache; what the VAE was called does not count."""
+def settings_differ(header: LatentHeader, expected: CacheSettings) -> str | None:
+    """What decides a latent differently from the rest of the cache; what the VAE was called does not count."""
+    found = CacheSettings.of(header)
     found = replace(found, vae=replace(found.vae, name=expected.vae.name))
+    if not found.preprocessing.differs_for(header.source, expected.preprocessing):
+        found = replace(found, preprocessing=expected.preprocessing)
     if found.vae.digest != expected.vae.digest:
         digests = [short_digest(settings.vae.digest) for settings in (found, expected)]
         return f"made by another VAE than the rest: {digests[0]}, not {digests[1]}"

@@ -407,7 +407,7 @@ def _why_settings_differ(
         return f"computed in {header.vae.computation}"
     if (header.vae.latents_mean, header.vae.latents_std) != (vae.latents_mean, vae.latents_std):
         return "written without the VAE's latents_mean and latents_std"  # equal digests: by an sdvae that left them out
-    if header.preprocessing != preprocessing:
+    if header.preprocessing.differs_for(header.source, preprocessing):
         return "other preprocessing"
     if header.store != options.store or header.latent_dtype != options.latent_dtype:
         return f"stored as {header.store} in {header.latent_dtype}"

@@ -151,7 +151,7 @@ def _encode(
         background=done.background,
         max_pixels=max(1, header.source.width * header.source.height),  # it was accepted once
     )
-    pixels = read_pixels(path, options).pixels
+    pixels = read_pixels(path, options, jpeg_margin=done.jpeg_margin).pixels
     x, _ = pad_to_multiple(image_to_x(pixels), loaded.record.spatial_compression_ratio)
     batch = x[None].to(loaded.device, loaded.dtype).to(memory_format=loaded.memory_format)  # (1, 3, H, W)
 

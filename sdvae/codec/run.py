@@ -31,6 +31,7 @@ from sdvae.codec.plan import Item, LatentSource, Plan, find_latents, mark_for, p
 from sdvae.codec.reports import DecodeReport, EncodeReport
 from sdvae.data.images import (
     DEFAULT_MAX_PIXELS,
+    JPEG_MARGIN,
     PREPROCESSING_VERSION,
     image_to_x,
     read_image,
@@ -58,7 +59,11 @@ class ImageEncoder:
         self.options = options
         self.vae = vae
         self.preprocessing = Preprocessing(
-            version=PREPROCESSING_VERSION, background=options.background, size=options.size, crop=options.crop
+            version=PREPROCESSING_VERSION,
+            background=options.background,
+            size=options.size,
+            crop=options.crop,
+            jpeg_margin=None if options.size is None else JPEG_MARGIN,
         )
 
     def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> Tally:
@@ -264,20 +269,23 @@ class PreparedImage:
     notes: tuple[str, ...]
 
 
-def read_pixels(content: Path | bytes, options: EncodeOptions, name: str = "") -> PreparedImage:
+def read_pixels(
+    content: Path | bytes, options: EncodeOptions, name: str = "", *, jpeg_margin: int | None = JPEG_MARGIN
+) -> PreparedImage:
     """Read an image and do what the options ask for: background, limit, resizing and cropping.
 
-    name: of an image that comes as bytes, for messages. Raises: ImageError.
+    name: of an image that comes as bytes, for messages. jpeg_margin: as `Preprocessing` has it. Raises: ImageError.
     """
-    max_pixels = options.max_pixels or DEFAULT_MAX_PIXELS
-    if isinstance(content, Path):
-        read = read_image(content, background=options.background, max_pixels=max_pixels)
-    else:
-        read = read_image_bytes(content, name, background=options.background, max_pixels=max_pixels)
-    height, width = read.pixels.shape[:2]
-    pixels = read.pixels
+    settings: dict[str, Any] = {
+        "background": options.background,
+        "max_pixels": options.max_pixels or DEFAULT_MAX_PIXELS,
+        "min_side_px": None if options.size is None or jpeg_margin is None else options.size * jpeg_margin,
+    }
+    read = read_image(content, **settings) if isinstance(content, Path) else read_image_bytes(content, name, **settings)
+    pixels, place = read.pixels, read.place
+    height, width = pixels.shape[:2] if place is None else (place.height, place.width)
     if options.size is not None:
-        pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
+        pixels = resize_and_crop(pixels, options.size, options.crop, place)  # type: ignore[arg-type]
     return PreparedImage(pixels=pixels, source_size=Size(width=width, height=height), notes=read.notes)
 
 

@@ -207,7 +207,7 @@ class _Check:
         self._keys[key, place] = item.file
         settings = CacheSettings.of(item.header)
         self.settings = self.settings or settings
-        if reason := settings_differ(settings, self.settings):
+        if reason := settings_differ(item.header, self.settings):
             self.add(item.file, reason, key)
         if listed and index < len(listed.items):
             if reason := item_differs(item, listed, index):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdvae.data.images import DEFAULT_MAX_PIXELS
+from sdvae.data.images import DEFAULT_MAX_PIXELS, Place
 from sdvae.errors import ImageError
 
 __all__ = ["Padding", "RandomCrop", "pad_to_multiple", "resize_and_crop", "unpad"]
@@ -55,24 +55,28 @@ def unpad(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., :height, :width]
 
 
-def resize_and_crop(pixels: Pixels, size: int, crop: Literal["center", "none"]) -> Pixels:
+def resize_and_crop(pixels: Pixels, size: int, crop: Literal["center", "none"], place: Place | None = None) -> Pixels:
     """Bring the short side to `size` px with an antialiased Lanczos filter; "center" also cuts out the central square.
 
-    pixels: (H, W, 3) uint8 or uint16. Returns the same dtype: (size, size, 3) for "center", and for "none" the long
-    side in proportion, at least `size`. Pixels that have the size already come back unchanged.
+    pixels: (H, W, 3) uint8 or uint16. place: of the picture in them, where it came reduced.
+    Returns the same dtype: (size, size, 3) for "center", and for "none" the long side in proportion, at least `size`.
+    Pixels that have the size already come back unchanged.
     Raises: ImageError where a long strip would grow beyond DEFAULT_MAX_PIXELS.
     """
-    height, width = pixels.shape[:2]
+    height, width = pixels.shape[:2] if place is None else (place.height, place.width)
     short = min(height, width)
     if crop == "center":
-        return _square(pixels, (height - short) // 2, (width - short) // 2, short, size)
+        top, left = (height - short) // 2, (width - short) // 2
+        if place is not None:
+            return _resize(pixels, size, size, place.box(left, top, short, short))
+        return _square(pixels, top, left, short, size)
     new_height, new_width = (max(size, round(side * size / short)) for side in (height, width))
     if new_height * new_width > DEFAULT_MAX_PIXELS:
         raise ImageError(
             f"{width} x {height} px scaled to a short side of {size} would be {new_width} x {new_height}, "
             f"more than {DEFAULT_MAX_PIXELS:,} pixels: crop it instead (crop 'center')"
         )
-    return _resize(pixels, new_height, new_width)
+    return _resize(pixels, new_height, new_width, None if place is None else place.box(0, 0, width, height))
 
 
 def _square(pixels: Pixels, top: int, left: int, side: int, size: int) -> Pixels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -22,7 +24,8 @@ from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import read_header
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder, read_pixels
-from sdvae.data.images import image_to_x, read_image, x_to_image
+from sdvae.codec.verify import verify_cache
+from sdvae.data.images import JPEG_MARGIN, image_to_x, read_image, x_to_image
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -364,6 +367,66 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
     report = run.run()
     assert {failure.key: failure.reason for failure in report.failures} == planned
     assert report.done == 10 - len(expected) and (size == 60) == (report.done == 0)
+
+
+def test_a_large_jpeg_is_decoded_small_where_it_is_resized_and_its_size_is_recorded_whole(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    images = make_images(tmp_path / "images", {"a.jpg": (331, 245), "b.png": (331, 245)})
+    encode_folder(images, tmp_path / "small", vae=vae_path, size=24)
+    encode_folder(images, tmp_path / "whole", vae=vae_path)
+    for name in ("a.jpg", "b.png"):
+        small, whole = (read_header(tmp_path / kind / f"{name}.safetensors") for kind in ("small", "whole"))
+        assert (small.source.width, small.source.height) == (331, 245)
+        assert (small.image.width, small.image.height) == (32, 24)  # 32.4: by the size of the whole picture
+        assert (small.preprocessing.jpeg_margin, whole.preprocessing.jpeg_margin) == (JPEG_MARGIN, None)
+    options = EncodeOptions(size=24)
+    reduced = read_pixels(images / "a.jpg", options).pixels
+    assert not np.array_equal(reduced, read_pixels(images / "a.jpg", options, jpeg_margin=None).pixels)
+    assert np.array_equal(
+        read_pixels(images / "b.png", options).pixels, read_pixels(images / "b.png", options, jpeg_margin=None).pixels
+    )
+
+
+def written_before_there_was_a_jpeg_margin(latent_path: Path) -> None:
+    """Make a latent file what an earlier sdvae would have written: no such field, and the digest without it."""
+    file = LatentFile.read(latent_path)
+    header = replace(file.header, preprocessing=replace(file.header.preprocessing, jpeg_margin=None))
+    data = header.to_json()
+    assert data["preprocessing"].pop("jpeg_margin") is None
+    fields = {"version": 1, "background": "white", "size": data["preprocessing"]["size"], "crop": "none"}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    assert data["preprocessing"]["digest"] == f"sha256:{digest}"
+    metadata = {"format": "sdvae-latent", "sdvae": json.dumps(data)}
+    latent_path.write_bytes(safetensors.torch.save(dict(file.tensors), metadata=metadata))
+
+
+def test_latents_of_wholly_decoded_jpegs_are_stale_only_where_they_would_be_reduced_now(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    """24 px twice are 48: from a short side of 96 on, half of it is enough."""
+    images = make_images(tmp_path / "images", {"large.jpg": (130, 96), "small.jpg": (130, 95)})
+    for size, stale in ((24, {"large.jpg"}), (None, set())):
+        latents = tmp_path / f"latents-{size}"
+        encode_folder(images, latents, vae=vae_path, size=size)
+        for path in latents.glob("*.safetensors"):
+            written_before_there_was_a_jpeg_margin(path)
+        run = EncodeRun(images, latents, vae_path, EncodeOptions(size=size))
+        assert {item.key: item.reason for item in run.plan.jobs} == dict.fromkeys(stale, "stale: other preprocessing")
+        assert run.run().done == len(stale)
+        assert EncodeRun(images, latents, vae_path, EncodeOptions(size=size)).plan.jobs == ()
+        report = verify_cache(latents, images=images, vae=vae_path)
+        assert (report.problems, report.warnings) == ((), ())
+
+
+def test_a_decoded_image_stays_up_to_date_where_its_latent_has_no_jpeg_margin(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    images = make_images(tmp_path / "images", {"a.jpg": (64, 48)})
+    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    written_before_there_was_a_jpeg_margin(tmp_path / "latents/a.jpg.safetensors")
+    assert DecodeRun(tmp_path / "latents", tmp_path / "out", vae_path).plan.jobs == ()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from PIL import Image, JpegImagePlugin
 
 from sdvae.data.images import (
     DEFAULT_MAX_PIXELS,
+    JPEG_MARGIN,
     EncodedImage,
     _pillow_limit_of_at_least,
     image_to_x,
@@ -30,6 +31,7 @@ from sdvae.data.images import (
     save_image,
     x_to_image,
 )
+from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, ImageError, SdvaeError
 
 
@@ -843,3 +845,77 @@ def test_a_jpeg_comes_reduced_but_never_below_what_was_asked(
 def test_other_formats_come_whole(tmp_path: Path) -> None:
     Image.fromarray(smooth(100, 120)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", min_side_px=10).pixels.shape == (100, 120, 3)
+
+
+def resized(path: Path, size: int, crop: str, *, margin: int | None) -> np.ndarray:
+    read = read_image(path, min_side_px=None if margin is None else size * margin)
+    return resize_and_crop(read.pixels, size, crop, read.place).astype(int)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("height", "width"), [(601, 827), (600, 800), (607, 601), (16, 9)])
+def test_a_reduced_jpeg_is_resized_as_the_whole_one_however_it_was_turned(
+    tmp_path: Path, height: int, width: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(smooth(height, width)).save(tmp_path / "a.jpg", quality=98, exif=exif)
+    for size in {min(height, width) // part // JPEG_MARGIN for part in (8, 4, 2)} - {0}:
+        for crop in ("none", "center"):
+            whole, reduced = (resized(tmp_path / "a.jpg", size, crop, margin=margin) for margin in (None, JPEG_MARGIN))
+            assert reduced.shape == whole.shape
+            assert np.abs(reduced - whole).max() <= (6 if min(height, width) > 100 else 25)
+
+
+def test_photographs_lose_less_than_a_hundredth_by_reduced_decoding(assets: Path) -> None:
+    paths = sorted((assets / "images" / "train").glob("*.jpg"))[::40]
+    assert paths
+    for path in paths:
+        with Image.open(path) as image:
+            size = min(image.size) // 4 // JPEG_MARGIN
+        for crop in ("none", "center"):
+            whole, reduced = (resized(path, size, crop, margin=margin) for margin in (None, JPEG_MARGIN))
+            psnr = 10 * np.log10(255**2 / max(np.square(whole - reduced).mean(), 1e-9))
+            assert psnr > 38, path.name
+
+
+def test_every_awkward_file_reads_the_same_at_reduced_scale(assets: Path) -> None:
+    """Refused or read with the same notes, upright and in the same colours."""
+
+    def read(path: Path, margin: int | None) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        try:
+            found = read_image(path, min_side_px=None if margin is None else 16 * margin)
+        except ImageError as error:
+            return None, (str(error),)
+        place = found.place
+        height, width = found.pixels.shape[:2] if place is None else (place.height, place.width)
+        if max(height, width) > 50 * min(height, width):  # a strip
+            return None, found.notes
+        return resize_and_crop(found.pixels, 16, "none", place).astype(int), found.notes
+
+    count = 0
+    for path in sorted(path for path in (assets / "images" / "odd").rglob("*.*") if path.suffix != ".tsv"):
+        if not path.is_file():
+            continue
+        (whole, notes), (reduced, reduced_notes) = (read(path, margin) for margin in (None, JPEG_MARGIN))
+        assert notes == reduced_notes, path.name
+        assert (whole is None) == (reduced is None), path.name
+        if path.name == "hopper_bad_exif.jpg":  # its samples, far outside of 0 to 255, are cut off before or after
+            continue
+        if whole is not None and reduced is not None:
+            assert whole.shape == reduced.shape and np.abs(whole - reduced).mean() < 3 * (
+                1 if whole.max() < 256 else 257
+            )
+            count += not np.array_equal(whole, reduced)
+    assert count > 5  # JPEGs that did come reduced
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_reduced_jpeg_keeps_its_colours_without_and_with_a_profile(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(smooth(400, 512)).convert(mode)
+    image.save(tmp_path / "a.jpg", quality=98)
+    whole, reduced = (resized(tmp_path / "a.jpg", 32, "none", margin=margin) for margin in (None, JPEG_MARGIN))
+    assert np.abs(whole - reduced).max() <= 6
+    Image.fromarray(smooth(400, 512)).save(tmp_path / "b.jpg", quality=98, icc_profile=SWAPPED)
+    whole, reduced = (resized(tmp_path / "b.jpg", 32, "none", margin=margin) for margin in (None, JPEG_MARGIN))
+    assert np.abs(whole - reduced).max() <= 6
