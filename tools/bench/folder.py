@@ -86,7 +86,6 @@ def build_model(config: str, out: Path) -> str:
         shutil.copytree(bundled_path(), out, ignore=shutil.ignore_patterns("*.png", "*.md"))
         return str(out)
     from common import build_vae
-
     from sdvae._torchvision import ensure_torchvision_importable
 
     ensure_torchvision_importable()
