@@ -107,20 +107,57 @@ def test_each_mode_runs_what_it_says(vae: AutoencoderKL, ways: list[str]) -> Non
 
 
 @torch.no_grad()
-def test_the_fast_path_is_taken_for_large_images_and_wide_layers_only(
-    vae: AutoencoderKL, tiny_vae: AutoencoderKL, ways: list[str]
+def test_the_fast_path_is_taken_from_so_many_multiplications_on(
+    vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vae.use_fast_path = tiny_vae.use_fast_path = True
-    small, large = noise(1, 4, 8, 8), noise(1, 4, 64, 64)
+    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", multiplications(vae.decoder, noise(1, 4, 32, 24)))
+    ways.clear()
+    vae.use_fast_path = True
+    small, large = noise(1, 4, 31, 24), noise(1, 4, 32, 24)
     assert near(vae.decode(large).sample, vae.decoder.forward(vae.post_quant_conv(large)))  # type: ignore[misc]
     assert ways == ["strips", "forward"]
     ways.clear()
     vae.decode(small)
-    tiny_vae.decode(noise(1, 4, 16, 16))
-    assert ways == ["forward"] * 2
-    ways.clear()
     vae.to(torch.bfloat16).decode(large.to(torch.bfloat16))
-    assert ways == ["forward"]
+    assert ways == ["forward"] * 2
+
+
+def multiplications(network: nn.Module, x: Tensor) -> int:
+    """Of the convolutions that strips compute in tiles, as they run."""
+    total = 0
+
+    def count(conv: nn.Conv2d, inputs: object, output: Tensor) -> None:
+        nonlocal total
+        if conv.kernel_size == (3, 3) and conv.stride == (1, 1) and min(conv.in_channels, conv.out_channels) >= 64:
+            total += conv.in_channels * 9 * output[0].numel()
+
+    hooks = [module.register_forward_hook(count) for module in network.modules() if isinstance(module, nn.Conv2d)]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("widths", "size", "faster"),  # as measured: encode, decode
+    [
+        ((128, 256, 512, 512), 64, (False, False)),
+        ((128, 256, 512, 512), 128, (True, True)),
+        ((64, 128, 256, 256), 128, (False, False)),
+        ((64, 128, 256, 256), 256, (True, True)),
+        ((16, 32, 96, 128), 256, (False, False)),
+        ((16, 32, 96, 128), 1024, (True, True)),
+        ((32, 32, 32, 32), 4096, (False, False)),
+    ],
+)
+def test_strips_are_taken_where_they_were_faster(widths: tuple[int, ...], size: int, faster: tuple[bool, bool]) -> None:
+    with torch.device("meta"):
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, norm_num_groups=16, **blocks)
+    x, z = torch.empty(1, 3, size, size), torch.empty(1, 4, size // 8, size // 8)
+    for network, given, expected in zip((vae.encoder, vae.decoder), (x, z), faster, strict=True):
+        assert execution._tiled_multiplications(network, size, size) == multiplications(network, given.to("meta"))
+        assert execution._is_faster(network, given, size, size) == expected
 
 
 @pytest.mark.parametrize(
@@ -459,8 +496,9 @@ def test_a_photograph_has_no_seam_in_exact_strips_and_has_some_in_blended_tiles(
 
 @torch.no_grad()
 def test_an_optimized_stock_vae_takes_strips_and_reconstructs_a_photograph_as_before(
-    bundled: AutoencoderKL, ways: list[str]
+    bundled: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", 10**9)
     stock = to_diffusers(bundled)
     assert type(stock) is StockAutoencoderKL
     x = photograph(256)

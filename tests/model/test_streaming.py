@@ -416,6 +416,18 @@ def test_what_is_stored_is_within_the_stated_bounds(build: Any, monkeypatch: pyt
         assert ledger.peak_of(partial(streamed, network, x)) <= most
 
 
+def test_only_on_a_cpu_do_the_bounds_count_a_strip_for_each_thread(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = build(**CONFIGS["narrow"])
+
+    def bounds(threads: int) -> list[int]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return [bound(vae.decoder, 256, 64) for bound in (least_bytes, most_bytes)]
+
+    assert all(more > few for few, more in zip(bounds(1), bounds(32), strict=True))
+    vae.to("meta")
+    assert bounds(1) == bounds(32)
+
+
 # Weights that change
 
 
