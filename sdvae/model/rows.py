@@ -140,6 +140,11 @@ class Rows(ABC):
     def num_values(self) -> int:
         return self.height * self.width * self.channels
 
+    @property
+    @abstractmethod
+    def stored_values(self) -> int:
+        """Of the maps in memory that its rows are read or computed from."""
+
     @abstractmethod
     def pieces(self, start: int, stop: int) -> list[Tensor]:
         """The rows from start to stop, in one or more tensors (n, W, C)."""
@@ -154,6 +159,10 @@ class Image(Rows):
     def __init__(self, x: Tensor) -> None:
         self._x = x
         self.channels, self.height, self.width = x.shape
+
+    @property
+    def stored_values(self) -> int:
+        return 0  # it is not ours
 
     def pieces(self, start: int, stop: int) -> list[Tensor]:
         return [self._x[:, start:stop].permute(1, 2, 0)]
@@ -177,6 +186,10 @@ class Memory:
     def give_back(self, chunk: Tensor) -> None:
         self._free.append(chunk.view(-1))
 
+    def forget(self) -> None:
+        """Keep nothing that was given back."""
+        self._free.clear()
+
 
 class Stored(Rows):
     """Rows in memory, in chunks, so that those which are used up can be given back while others are written."""
@@ -195,6 +208,10 @@ class Stored(Rows):
         stored = cls(whole.shape[0], whole.shape[1], whole.shape[2], memory, strip=whole.shape[0])
         stored._chunk_rows, stored._chunks = whole.shape[0], [whole]
         return stored
+
+    @property
+    def stored_values(self) -> int:
+        return self.num_values
 
     def place(self, start: int, stop: int) -> Tensor:
         """Where rows are to be written, (n, W, C); they must not cross the border of a chunk, as no strip does."""
@@ -377,26 +394,40 @@ class Layer(Rows):
         self._source, self._kernel, self._norm, self._shortcut = source, kernel, norm, shortcut
         self.height, self.width = kernel.size(source.height, source.width)
         self.channels = kernel.channels
-        self._last = threading.local()
+        self._last: dict[int, tuple[int, Tensor]] = {}  # by thread: rows that it computed last, and the first one's index
+        self._memory: dict[int, Tensor] = {}  # by thread: where it writes them
 
     def pieces(self, start: int, stop: int) -> list[Tensor]:
         # A block that is not stored asks twice for nearly the same rows: for its first convolution and its shortcut.
-        first, rows = getattr(self._last, "rows", (0, None))
+        thread = threading.get_ident()
+        first, rows = self._last.get(thread, (0, None))
         if rows is None or start < first or stop > first + len(rows):
             first, rows = start, self._compute(start, stop)
-            self._last.rows = first, rows
+            self._last[thread] = first, rows
         return [rows[start - first : stop - first]]
 
     @property
     def source(self) -> Rows:
         return self._source
 
-    def _forget(self) -> None:
-        """Drop the rows that this thread computed last, here and above."""
-        self._last.__dict__.clear()
+    @property
+    def stored_values(self) -> int:
+        if self._shortcut is None or self._shortcut[0] is getattr(self._source, "source", None):
+            return self._source.stored_values
+        return self._source.stored_values + self._shortcut[0].stored_values
+
+    def forget(self) -> None:
+        """Free what was computed on the way, here and above, in all threads; none may be computing."""
+        for layer in self._above():
+            layer._last.clear()
+            layer._memory.clear()
+
+    def _above(self) -> Iterator[Layer]:
+        """This layer, and those whose rows are computed for it."""
+        yield self
         for source in (self._source, *(self._shortcut or ())[:1]):
             if isinstance(source, Layer):
-                source._forget()
+                yield from source._above()
 
     def release(self, before: int) -> None:
         first, _ = self._kernel.window(before, before)
@@ -407,9 +438,10 @@ class Layer(Rows):
             self._shortcut[0].release(before)  # else the convolutions look at rows above, and have released the others
 
     def compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows of the result. Returns: `out`, or a new tensor, (n, W, C)."""
+        """Rows of the result. Returns: (n, W, C), `out`, or memory that this thread's next call writes to."""
         # Rows that were computed for another strip are equal to rounding only, and which these are depends on threads.
-        self._forget()
+        for layer in self._above():
+            layer._last.pop(threading.get_ident(), None)
         return self._compute(start, stop, out)
 
     def _compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -421,11 +453,18 @@ class Layer(Rows):
         padded = scratch.take("padded", rows, columns, self._source.channels, like=pieces[0])
         self._fill(padded, pieces, inside[0] - top, left)
         if out is None:
-            out = padded.new_empty(stop - start, self.width, self.channels)
+            out = self._take(stop - start, like=padded)
         self._kernel.apply(padded, start, out, scratch)
         if self._shortcut is not None:
             self._add_shortcut(*self._shortcut, start, stop, out)
         return out
+
+    def _take(self, rows: int, like: Tensor) -> Tensor:
+        thread, values = threading.get_ident(), rows * self.width * self.channels
+        if thread not in self._memory or self._memory[thread].numel() < values:
+            self._memory.pop(thread, None)
+            self._memory[thread] = like.new_empty(values)
+        return self._memory[thread][:values].view(rows, self.width, self.channels)
 
     def _fill(self, padded: Tensor, pieces: Sequence[Tensor], row: int, left: int) -> None:
         """Write the rows into the padded window, and zeros around them."""

@@ -37,6 +37,7 @@ _transformed: WeakKeyDictionary[nn.Module, _Transformed] = WeakKeyDictionary()
 
 STRIP_BYTES = 2 * 2**20  # of a strip of a layer's result, where that leaves more than the least number of rows
 LEAST_ROWS = 16
+NESTED_ROWS = 64  # of a strip of what is computed from a layer that is not stored: rows where strips overlap count twice
 STRIP_COPIES = 9  # of a strip, in different stages, that a thread holds
 SCRATCH_BYTES = 100 * 2**20  # of a thread, for blocks of tiles
 WEIGHT_BYTES = 150 * 2**20  # transformed weights of one layer
@@ -52,7 +53,8 @@ def streamed(network: Encoder | Decoder, x: Tensor, max_bytes: int | None = None
     grad = torch.inference_mode() if torch.is_inference_mode_enabled() else torch.no_grad()
     with grad, _one_pass, _Strips(network, x, max_bytes) as strips:
         passes = strips.decode if isinstance(network, Decoder) else strips.encode
-        return torch.stack([passes(image) for image in x])
+        results = [passes(image) for image in x]
+        return torch.stack(results) if len(results) > 1 else results[0][None]
 
 
 def least_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: int = 4) -> int:
@@ -162,7 +164,7 @@ class _Strips:
                 h = self.resnet(h, resnet)
             for upsample in block.upsamplers:
                 large = self.layer(h, upsample.conv, upsampling=True)
-                h = self.store(large, last_use=True) if self.has_room(h, large) else self.measure(large)
+                h = self.store(large, last_use=True) if self.has_room(large, last_use=True) else self.measure(large)
         return self.image(self.layer(h, network.conv_out, self.norm(h, network.conv_norm_out, silu)))
 
     def mid_block(self, h: Stored, block: UNetMidBlock2D) -> Stored:
@@ -173,7 +175,7 @@ class _Strips:
 
     def resnet(self, x: Rows, block: ResnetBlock2D) -> Stored:
         inner = self.layer(x, block.conv1, self.norm(x, block.norm1, block.activation))
-        h = self.store(inner) if self.has_room(x, inner) else self.measure(inner)
+        h = self.store(inner) if self.has_room(inner) else self.measure(inner)
         norm = self.norm(h, block.norm2, block.activation)
         return self.store(self.layer(h, block.conv2, norm, shortcut=(x, block.conv_shortcut)), last_use=True)
 
@@ -217,18 +219,18 @@ class _Strips:
 
     # What is stored
 
-    def has_room(self, source: Rows, result: Layer) -> bool:
-        """Whether both can be in memory."""
+    def has_room(self, node: Layer, last_use: bool = False) -> bool:
+        """Whether it can be in memory, beside what it is computed from; last_use: which it takes the place of."""
         if self._max_bytes is None:
             return True
+        strip = LEAST_ROWS * node.width * max(node.source.channels, node.channels)
         itemsize = self._like.element_size()
-        values = self._strip_rows(result) * result.width * max(source.channels, result.channels)
-        work = _work_bytes(values, itemsize, self._num_threads)
-        return itemsize * (source.num_values + result.num_values) + work <= self._max_bytes
+        held = itemsize * _held_values(node, last_use)
+        return held + _work_bytes(strip, itemsize, self._num_threads) <= self._max_bytes
 
     def store(self, node: Layer, last_use: bool = False) -> Stored:
         """Compute all rows, and their moments. last_use: give back what it is computed from, strip by strip."""
-        rows = self._strip_rows(node)
+        rows = self._strip_rows(node, _held_values(node, last_use))
         stored = Stored(node.height, node.width, node.channels, self._memory, rows)
 
         def job(start: int, stop: int) -> Callable[[], Moments]:
@@ -244,7 +246,8 @@ class _Strips:
         def job(start: int, stop: int) -> Callable[[], Moments]:
             return lambda: Moments.of(node.compute(start, stop), self._groups)
 
-        node.moments = Moments.merged(self._run(node, self._strip_rows(node), job, release=False))
+        rows = self._strip_rows(node, node.stored_values)
+        node.moments = Moments.merged(self._run(node, rows, job, release=False))
         return node
 
     def image(self, node: Layer) -> Tensor:
@@ -254,22 +257,28 @@ class _Strips:
         def job(start: int, stop: int) -> Callable[[], object]:
             return lambda: image[:, start:stop].copy_(node.compute(start, stop).permute(2, 0, 1))
 
-        self._run(node, self._strip_rows(node), job, release=True)
+        self._run(node, self._strip_rows(node, node.stored_values + image.numel()), job, release=True)
         return image
 
     # How strips are computed
 
-    def _strip_rows(self, node: Layer) -> int:
-        """Rows of a strip. Where memory is not limited it depends on shapes alone, so that two threads give the bits of
-        one. With more threads than strips, MKL divides sums among those of a strip: equal to rounding."""
-        row_bytes = node.width * max(node.channels, node.source.channels) * self._like.element_size()
+    def _strip_rows(self, node: Layer, held_values: int) -> int:
+        """Rows of a strip. held_values: of maps that are in memory meanwhile.
+
+        Where memory is not limited it depends on shapes alone, so that two threads give the bits of one. With more
+        threads than strips, MKL divides sums among those of a strip: equal to rounding.
+        """
+        itemsize = self._like.element_size()
+        row_bytes = node.width * max(node.channels, node.source.channels) * itemsize
         phases = node.height // node.source.height or 1
         tile_rows = -(-block_tiles(node.source.channels, phases) // -(-node.source.width // STEP))
         rows = max(LEAST_ROWS, STRIP_BYTES // row_bytes, tile_rows * STEP * phases)
         if self._max_bytes is not None:
-            rows = 2 * LEAST_ROWS  # more, for less that is computed twice where strips overlap
-            while rows > 2 * STEP and STRIP_COPIES * self._num_threads * rows * row_bytes > self._max_bytes // 3:
-                rows //= 2
+            if isinstance(node.source, Layer):
+                rows = max(rows, NESTED_ROWS)
+            left = self._max_bytes - itemsize * held_values - _work_bytes(0, itemsize, self._num_threads)
+            fit = left // (STRIP_COPIES * self._num_threads * row_bytes)
+            rows = max(min(rows, fit // (2 * STEP) * 2 * STEP), 2 * STEP)
         return -(-min(rows, -(-node.height // 2)) // (2 * STEP)) * 2 * STEP
 
     def _run(self, node: Layer, rows: int, job: Callable[[int, int], Callable[[], T]], release: bool) -> list[T]:
@@ -277,8 +286,11 @@ class _Strips:
         try:
             return self._run_strips(node, rows, job, release)
         finally:
-            if self._max_bytes is not None and self._like.device.type == "cpu":
-                _return_freed_memory()
+            node.forget()
+            if self._max_bytes is not None:
+                self._memory.forget()
+                if self._like.device.type == "cpu":
+                    _return_freed_memory()
 
     def _run_strips(self, node: Layer, rows: int, job: Callable[[int, int], Callable[[], T]], release: bool) -> list[T]:
         strips = [(start, min(start + rows, node.height)) for start in range(0, node.height, rows)]
@@ -313,6 +325,14 @@ class _Strips:
                 future.cancel()
             torch.set_num_threads(self._num_threads)
         return results
+
+
+def _held_values(node: Layer, last_use: bool) -> int:
+    """Of the maps in memory while a layer is computed and stored; last_use: what it is computed from is given back on
+    the way."""
+    if last_use:
+        return max(node.num_values, node.stored_values)
+    return node.num_values + node.stored_values
 
 
 def _return_freed_memory() -> None:

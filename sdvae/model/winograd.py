@@ -109,6 +109,8 @@ class Scratch:
             size *= extent
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            self._buffers.pop(name, None)
+            del buffer
             buffer = self._buffers[name] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(shape)
 
