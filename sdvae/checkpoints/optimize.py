@@ -18,7 +18,7 @@ T = TypeVar("T")
 _SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
 
-def optimize(model: T) -> T | AutoencoderKL:
+def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
     """Make a pipeline, or an autoencoder on its own, faster.
 
     On a CPU, in float32 and without gradients, encoding and decoding then run in strips of rows with fewer
@@ -28,23 +28,28 @@ def optimize(model: T) -> T | AutoencoderKL:
         an AutoencoderKL of sdvae. Device, dtype, mode, slicing and tiling are kept; the weights are shared. The first
         pass makes transformed weights (in a fraction of a second), which take up to five times the memory of the
         network's own; `enable_tiling("exact", max_memory_bytes=...)` goes without.
+    compile: run encoder and decoder through torch.compile instead, for GPUs. It compiles for every shape anew, of which
+        torch keeps eight; each takes tens of seconds to minutes, and is told in the log.
     Returns: the pipeline that was given, or for a VAE the one to use in its place.
     Raises: ConfigError for a VAE of another class, one that is compiled, fused or offloaded, and where there is none.
     """
     if not hasattr(model, "register_modules"):
-        return _optimized(model, "the model")
+        return _optimized(model, "the model", compile)
     if not isinstance(vae := getattr(model, "vae", None), nn.Module):
         raise ConfigError(f"{type(model).__name__} has no vae; expected a pipeline with one, or the VAE itself")
-    optimized = _optimized(vae, f"the vae of {type(model).__name__}")
+    optimized = _optimized(vae, f"the vae of {type(model).__name__}", compile)
     if optimized is not vae:
         model.register_modules(vae=optimized)
     return model
 
 
-def _optimized(vae: Any, name: str) -> AutoencoderKL:
+def _optimized(vae: Any, name: str, compile: bool) -> AutoencoderKL:
     ours = vae if isinstance(vae, AutoencoderKL) else _shared(vae, name)
     device = next(ours.parameters()).device
     ours.use_fast_path = True
+    if compile:  # strips leave compiled networks alone
+        ours.encoder.compile(dynamic=False)
+        ours.decoder.compile(dynamic=False)
     return ours.to(memory_format=preferred_memory_format(device))  # type: ignore[no-any-return]
 
 

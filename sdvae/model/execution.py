@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -33,6 +35,8 @@ from sdvae.model.streaming import least_bytes, most_bytes, streamed
 __all__ = ["TILING_MODES", "available_bytes", "execute", "why_not_in_strips"]
 
 TILING_MODES = ("auto", "exact", "blended", "off")
+
+_compiled: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()  # shapes that networks are compiled for
 
 logger = logging.getLogger("sdvae")
 
@@ -76,21 +80,21 @@ def execute(
     Raises: ConfigError where max_bytes is too little for this size, or exact is asked for and cannot be.
     """
     if mode == "off" and not fast:
-        return network(x)  # type: ignore[no-any-return]
+        return _forward(network, x)
     if reason := why_not_in_strips(network, x):
         if mode == "exact":
             raise ConfigError(f"exact tiling is not possible {reason}")
-        return network(x)  # type: ignore[no-any-return]
+        return _forward(network, x)
     height, width = _image_size(network, x)
     if mode == "exact" or (fast and _is_faster(network, x, height, width)):
         return _in_strips(network, x, max_bytes)
     if mode == "off":
-        return network(x)  # type: ignore[no-any-return]
+        return _forward(network, x)
     budget = _budget(x.device, max_bytes)
     if _whole_bytes(network, x) > budget and (x.device.type == "cpu" or max_bytes is not None):
         return _in_strips(network, x, max_bytes)
     try:
-        return network(x)  # type: ignore[no-any-return]
+        return _forward(network, x)
     except torch.OutOfMemoryError:
         logger.warning("out of memory at %d x %d px: went on in exact tiles", width, height)
     # Only here, where the exception is gone: its frames hold the tensors of the failed pass.
@@ -102,6 +106,8 @@ def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     """Why only `forward` can run this network now, as the end of a sentence; empty where strips can."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "while the network is compiled or traced"
+    if network._compiled_call_impl is not None:
+        return "with a network that is compiled"
     if type(x) not in (Tensor, nn.Parameter):
         return f"with a {type(x).__name__} as input"
     if torch.is_autocast_enabled(x.device.type):
@@ -122,6 +128,19 @@ def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     if (weights.device, weights.dtype) != (x.device, x.dtype):
         return f"for {x.dtype} on {x.device} with weights in {weights.dtype} on {weights.device}"
     return ""
+
+
+def _forward(network: Encoder | Decoder, x: Tensor) -> Tensor:
+    """`network(x)`. For one that is compiled, says what a new shape costs."""
+    shapes = _compiled.setdefault(network, set()) if network._compiled_call_impl is not None else {x.shape}
+    if x.shape in shapes or torch.compiler.is_compiling():
+        return network(x)  # type: ignore[no-any-return]
+    start = time.perf_counter()
+    result = network(x)
+    shapes.add(x.shape)
+    seconds, size = time.perf_counter() - start, " x ".join(map(str, x.shape))
+    logger.warning("compiled the %s for %s in %.0f s", type(network).__name__.lower(), size, seconds)
+    return result  # type: ignore[no-any-return]
 
 
 def available_bytes(device: torch.device) -> int:
@@ -213,9 +232,11 @@ def _tiled_multiplications(network: Encoder | Decoder, height: int, width: int) 
     total = 0
     for level, block in enumerate(levels):
         resnets = list(block.resnets) + (list(network.mid_block.resnets) if block is levels[-1] else [])
-        per_pixel: int = sum(_if_tiled(conv) for resnet in resnets for conv in (resnet.conv1, resnet.conv2))
-        if isinstance(network, Decoder):
-            per_pixel += 4 * sum(_if_tiled(upsample.conv) for upsample in block.upsamplers)
+        per_pixel = 0
+        for resnet in resnets:
+            per_pixel += _if_tiled(resnet.conv1) + _if_tiled(resnet.conv2)
+        for upsample in getattr(block, "upsamplers", ()):
+            per_pixel += 4 * _if_tiled(upsample.conv)
         total += per_pixel * (height >> level) * (width >> level)
     return total
 

@@ -394,7 +394,7 @@ class Layer(Rows):
         self._source, self._kernel, self._norm, self._shortcut = source, kernel, norm, shortcut
         self.height, self.width = kernel.size(source.height, source.width)
         self.channels = kernel.channels
-        self._last: dict[int, tuple[int, Tensor]] = {}  # by thread: rows that it computed last, and the first one's index
+        self._last: dict[int, tuple[int, Tensor]] = {}  # by thread: the rows computed last, and their first index
         self._memory: dict[int, Tensor] = {}  # by thread: where it writes them
 
     def pieces(self, start: int, stop: int) -> list[Tensor]:

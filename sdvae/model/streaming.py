@@ -37,7 +37,7 @@ _transformed: WeakKeyDictionary[nn.Module, _Transformed] = WeakKeyDictionary()
 
 STRIP_BYTES = 2 * 2**20  # of a strip of a layer's result, where that leaves more than the least number of rows
 LEAST_ROWS = 16
-NESTED_ROWS = 64  # of a strip of what is computed from a layer that is not stored: rows where strips overlap count twice
+NESTED_ROWS = 64  # of one that is computed from a layer that is not stored: where strips overlap is computed twice
 STRIP_COPIES = 9  # of a strip, in different stages, that a thread holds
 SCRATCH_BYTES = 100 * 2**20  # of a thread, for blocks of tiles
 WEIGHT_BYTES = 150 * 2**20  # transformed weights of one layer
@@ -96,18 +96,25 @@ class _Transformed:
     """Transformed weights, with what tells whether the module's own have changed since.
 
     torch counts changes in place, but not those through `.data`, as diffusers' EMAModel makes them, and new weights may
-    lie where old ones did. So some of the values are compared as well.
+    lie where old ones did. So some of the values are compared as well; and of weights that were made in inference mode,
+    whose changes torch does not count, the sum.
     """
 
     def __init__(self, weight: Tensor, transform: TileTransform) -> None:
         self.weights = transform.of_weight(weight)
         self._transform = transform
-        self._place = weight.data_ptr(), weight.stride(), weight._version
+        self._place = _place(weight)
         self._values = _some_values(weight).clone()
 
     def is_of(self, weight: Tensor, transform: TileTransform) -> bool:
-        place = weight.data_ptr(), weight.stride(), weight._version
-        return transform is self._transform and place == self._place and torch.equal(_some_values(weight), self._values)
+        same_place = transform is self._transform and _place(weight) == self._place
+        return same_place and torch.equal(_some_values(weight), self._values)
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    """Where the weight is, and what tells of most changes."""
+    state = float(weight.sum(dtype=torch.float64)) if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.stride(), weight.is_inference(), state
 
 
 def _some_values(weight: Tensor) -> Tensor:
@@ -210,7 +217,7 @@ class _Strips:
     def _transformed(self, conv: nn.Conv2d, transform: TileTransform) -> Tensor:
         """Transformed weights: kept from pass to pass where memory is not limited, and the module is not changed."""
         weight = conv.weight
-        if self._max_bytes is not None or weight.is_inference():  # whose changes are not counted
+        if self._max_bytes is not None:
             return transform.of_weight(weight)
         kept = _transformed.get(conv)
         if kept is None or not kept.is_of(weight, transform):

@@ -21,7 +21,7 @@ from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
 from sdvae.evaluation.seams import seam_score
-from sdvae.model import execution, rows, streaming
+from sdvae.model import autoencoder, execution, rows, streaming
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.execution import execute
 
@@ -104,6 +104,52 @@ def test_each_mode_runs_what_it_says(vae: AutoencoderKL, ways: list[str]) -> Non
     vae.disable_tiling()
     ways.clear()
     assert torch.equal(vae.decode(z).sample, expected[0]) and ways == ["forward"]
+
+
+@torch.no_grad()
+def test_a_compiled_network_runs_as_it_is_and_each_shape_is_told_once(
+    vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", 0)
+    z = noise(1, 4, 16, 12)
+    expected = vae.decode(z).sample
+    compiled: list[dict[str, object]] = []
+    module_compile = nn.Module.compile
+
+    def eager(module: nn.Module, **options: object) -> None:
+        compiled.append(options)
+        module_compile(module, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    assert optimize(vae, compile=True) is vae and compiled == [{"dynamic": False}] * 2
+    ways.clear()
+    with caplog.at_level(logging.WARNING, "sdvae"):
+        for height in (16, 16, 8, 16):
+            actual = vae.decode(z[:, :, :height]).sample
+    assert near(actual, expected) and "strips" not in ways
+    assert [record.getMessage()[:39] for record in caplog.records] == [
+        "compiled the decoder for 1 x 4 x 16 x 1",
+        "compiled the decoder for 1 x 4 x 8 x 12",
+    ]
+    vae.enable_tiling("exact")
+    with pytest.raises(ConfigError, match="exact tiling is not possible with a network that is compiled"):
+        vae.decode(z)
+
+
+@torch.no_grad()
+def test_a_blended_tile_is_one_pass_of_its_own(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+
+    def noted(network: nn.Module, x: Tensor, *, fast: bool, mode: str, max_bytes: int | None) -> Tensor:
+        modes.append(mode)
+        return execute(network, x, fast=fast, mode=mode, max_bytes=max_bytes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(autoencoder, "execute", noted)
+    for mode, expected in (("blended", "off"), ("exact", "exact"), ("auto", "auto")):
+        modes.clear()
+        vae.enable_tiling(mode)
+        vae.decode(noise(1, 4, 24, 24))
+        assert set(modes) == {expected} and (len(modes) > 1) == (mode == "blended")
 
 
 @torch.no_grad()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -186,6 +189,30 @@ def test_less_memory_computes_rows_again_and_more_memory_does_not(build: Any, co
     assert totals[1] > 1.5 * totals[0]
 
 
+@pytest.mark.usefixtures("tiny_strips")
+def test_of_what_is_computed_twice_only_what_does_not_fit_is(
+    build: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch, with_threads: Callable[[int], None]
+) -> None:
+    monkeypatch.setattr(streaming, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(streaming, "WEIGHT_BYTES", 0)
+    monkeypatch.setattr(streaming, "STRIP_COPIES", 1)
+    with_threads(1)
+    decoder = build(widths=(8, 32), groups=4).decoder
+    height, width = 64, 48  # of the image
+
+    def rows_of(max_bytes: int | None) -> int:
+        computed.clear()
+        streamed(decoder, noise(1, 4, height // 2, width // 2), max_bytes)
+        return sum(computed)
+
+    small = 4 * 32 * height // 2 * width // 2  # bytes of the map before upsampling, and of those of 8 channels after it
+    strip = 4 * 32 * 8 * width
+    totals = [rows_of(None), *(rows_of(maps * small + strip) for maps in (5, 4, 2, 1))]
+    # 5: all fits. 4: not the inside of the first block, with the upsampled map that it is computed from. 2: not the
+    # upsampled map, but that inside. 1: neither, nor the insides of small blocks
+    assert totals[0] == totals[1] < min(totals[2:4]) and max(totals[2:4]) < totals[4]
+
+
 def test_the_input_is_not_changed(build: Any) -> None:
     vae = build(**CONFIGS["narrow"])
     z = latent(vae, 5, 9)
@@ -276,6 +303,31 @@ def test_calls_from_several_threads_at_once_give_what_they_give_one_by_one(
     assert all(torch.equal(result, expected[index % 2]) for (index, _), result in results.items())
 
 
+def test_one_pass_runs_at_a_time_as_the_number_of_threads_is_one_for_the_process(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = build(**CONFIGS["narrow"])
+    z, decode = latent(vae, 4, 5), streaming._Strips.decode
+    running = most = 0
+
+    def counted(*inputs: Any) -> Tensor:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        result = decode(*inputs)
+        running -= 1
+        return result
+
+    monkeypatch.setattr(streaming._Strips, "decode", counted)
+    threads = [threading.Thread(target=streamed, args=(vae.decoder, z)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
 class Stop(BaseException):
     """Stands for an interruption: no Exception."""
 
@@ -317,7 +369,7 @@ def test_the_result_of_no_grad_is_an_ordinary_tensor_and_that_of_inference_mode_
 ) -> None:
     vae = build(**CONFIGS["narrow"])
     z = latent(vae, 9, 7)
-    for count in (1, 2):
+    for count in (1, 1, 2):  # twice in this thread: after inference mode too
         with_threads(count)
         with torch.no_grad():
             plain = streamed(vae.decoder, z)
@@ -414,6 +466,45 @@ def test_what_is_stored_is_within_the_stated_bounds(build: Any, monkeypatch: pyt
         least, most = (bound(network, height, width) for bound in (least_bytes, most_bytes))
         assert ledger.peak_of(partial(streamed, network, x, least)) <= least <= most
         assert ledger.peak_of(partial(streamed, network, x)) <= most
+
+
+PEAK = """
+import psutil, sys, torch
+from pathlib import Path
+from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.streaming import _return_freed_memory, least_bytes
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+torch.set_num_threads(2)
+vae = AutoencoderKL(
+    block_out_channels=(64,) * 3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    mid_block_add_attention=False, norm_num_groups=8,
+).eval().requires_grad_(False)
+z = torch.randn(1, 4, 320, 384)
+vae.use_fast_path = True
+vae.decode(z[..., :64])  # what starts with the first pass: threads, libraries
+_return_freed_memory()
+before = psutil.Process().memory_info().rss
+limit = before + int(1.05 * least_bytes(vae.decoder, 1280, 1536))
+vae.enable_tiling("exact", max_memory_bytes=limit)
+vae.decode(z)
+limited = peak()
+vae.enable_tiling("exact")
+vae.decode(z)
+print(before, limit, limited, peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the largest size of a process is read from /proc")
+def test_a_process_keeps_to_its_limit() -> None:
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, limit, limited, unlimited = map(int, done.stdout.split())
+    assert before + 4 * 64 * 1280 * 1536 < limited <= limit < unlimited  # the largest map is in it
 
 
 def test_only_on_a_cpu_do_the_bounds_count_a_strip_for_each_thread(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,12 +619,33 @@ def test_transformed_weights_are_made_once_and_go_with_their_module(
     assert made == layers and len(streaming._transformed) == kept_before + layers
     streamed(decoder, z)
     assert made == layers
+    other = _wide_decoder(build, seed=1)
+    streamed(other, z, LEAST)  # keeps nothing
+    assert made == 2 * layers and len(streaming._transformed) == kept_before + layers
     kept = weakref.ref(streaming._transformed[decoder.up_blocks[0].resnets[0].conv1].weights)
-    streamed(decoder, z, LEAST)  # keeps nothing
-    assert made >= 2 * layers and len(streaming._transformed) == kept_before + layers
     del decoder
     gc.collect()
     assert len(streaming._transformed) == kept_before and kept() is None
+
+
+def test_weights_made_in_inference_mode_are_transformed_once_too_and_a_change_of_one_is_seen(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+    of_weight = rows.TileTransform.of_weight
+    monkeypatch.setattr(rows.TileTransform, "of_weight", lambda *args: made.append(of_weight(*args)) or made[-1])
+    z = noise(1, 4, 9, 9)
+    with torch.inference_mode():
+        decoder = copy.deepcopy(_wide_decoder(build))
+        weight = decoder.conv_in.weight, decoder.mid_block.resnets[0].conv1.weight
+        assert all(each.is_inference() for each in weight)
+        before = streamed(decoder, z)
+        layers = len(made)
+        assert torch.equal(streamed(decoder, z), before) and len(made) == layers > 0
+        weight[1][0, 0, 0, 1] += 10
+        after = streamed(decoder, z)
+        assert len(made) == layers + 1
+        assert difference(after, before) > 1e-3 and difference(after, whole(decoder, z)) < 1e-5
 
 
 def test_encoder_and_decoder_are_told_apart(build: Any) -> None:

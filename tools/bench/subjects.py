@@ -173,8 +173,9 @@ def _runs(
     layout = torch.channels_last if channels_last else torch.preserve_format
 
     def run(x: Tensor) -> Tensor:
+        vae = prepared()  # before inference mode begins, as one does it
         with mode():
-            return run_vae(prepared(), task.operation, x.to(memory_format=layout))
+            return run_vae(vae, task.operation, x.to(memory_format=layout))
 
     return run
 
