@@ -480,8 +480,11 @@ def peak():
 
 torch.set_num_threads(2)
 vae = AutoencoderKL(
-    block_out_channels=(64,) * 3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    mid_block_add_attention=False, norm_num_groups=8,
+    block_out_channels=(64,) * 3,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    mid_block_add_attention=False,
+    norm_num_groups=8,
 ).eval().requires_grad_(False)
 z = torch.randn(1, 4, 320, 384)
 vae.use_fast_path = True
