@@ -238,7 +238,7 @@ def test_small_gradients_survive_half_precision(random_weights: Path) -> None:
         distance = network(recon, x)
     (gradient,) = torch.autograd.grad(distance.sum(), recon)
     vanished = ((gradient == 0) & (expected != 0)).float().mean()
-    assert vanished < 1e-3  # some CPUs round a few sums to exactly 0; without scaling most of the gradient is
+    assert vanished < 1e-3  # some CPUs round a few sums to exactly 0, 1e-4 of them; without scaling it is 5e-3
 
 
 def test_a_half_precision_reconstruction_gets_a_gradient_of_its_own_type(ours: LPIPS) -> None:
