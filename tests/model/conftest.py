@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
 
+from sdvae.model import rows, streaming
 from sdvae.model.autoencoder import AutoencoderKL
 
 
@@ -75,3 +76,20 @@ def levels() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make_pair() -> Callable[..., Pair]:
     return _make_pair
+
+
+@pytest.fixture
+def tiny_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 8 rows, and chunks of one strip, so that small images have many of both."""
+    monkeypatch.setattr(streaming, "LEAST_ROWS", 8)
+    monkeypatch.setattr(streaming, "STRIP_BYTES", 1)
+    monkeypatch.setattr(streaming, "block_tiles", lambda channels, phases: 1)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
 from sdvae.evaluation.seams import seam_score
-from sdvae.model import autoencoder, execution, rows, streaming
+from sdvae.model import autoencoder, execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.execution import execute
 
@@ -59,19 +59,8 @@ def _noting(forward: Callable[[Any, Tensor], Tensor], seen: list[str]) -> Callab
 
 
 @pytest.fixture
-def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "LEAST_ROWS", 8)
-    monkeypatch.setattr(streaming, "STRIP_BYTES", 1)
-    monkeypatch.setattr(streaming, "block_tiles", lambda channels, phases: 1)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def two_threads(with_threads: Callable[[int], None]) -> None:
+    with_threads(2)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -393,7 +382,7 @@ def test_torch_compile_gives_what_it_gives_without_the_fast_path(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("small_strips")
+@pytest.mark.usefixtures("tiny_strips")
 def test_too_little_memory_is_refused_before_any_work_and_the_least_that_is_named_is_enough(
     vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,7 +438,7 @@ def test_out_of_memory_goes_on_in_strips_with_a_warning(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("small_strips")
+@pytest.mark.usefixtures("tiny_strips")
 def test_out_of_memory_in_strips_goes_on_in_smaller_ones_until_the_least(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -524,7 +513,7 @@ def to_levels(recon: Tensor) -> np.ndarray[Any, Any]:
 
 @torch.no_grad()
 def test_a_photograph_has_no_seam_in_exact_strips_and_has_some_in_blended_tiles(
-    bundled: AutoencoderKL, small_strips: None
+    bundled: AutoencoderKL, tiny_strips: None
 ) -> None:
     z = bundled.encode(photograph(256)).latent_dist.mode()
     reference = to_levels(bundled.decode(z).sample)

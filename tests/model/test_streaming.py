@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,15 +48,6 @@ def build(make_pair: Any, levels: Any) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def tiny_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of 8 rows, and chunks of one strip, so that small images have many of both."""
-    monkeypatch.setattr(streaming, "LEAST_ROWS", 8)
-    monkeypatch.setattr(streaming, "STRIP_BYTES", 1)
-    monkeypatch.setattr(streaming, "block_tiles", lambda channels, phases: 1)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
-
-
-@pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each strip that a layer computes."""
     seen: list[int] = []
@@ -68,13 +59,6 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Layer, "_compute", counted)
     return seen
-
-
-@pytest.fixture
-def with_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
