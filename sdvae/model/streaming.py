@@ -76,7 +76,7 @@ def most_bytes(network: Encoder | Decoder, height: int, width: int, itemsize: in
         * (width >> level)
         for level, block in enumerate(levels)
     )
-    kept = 5 * sum(parameter.numel() for parameter in network.parameters())  # transformed weights: 4.7 in the SD decoder
+    kept = 5 * sum(parameter.numel() for parameter in network.parameters())  # transformed weights; 4.7 for the SD VAE
     least = least_bytes(network, height, width, itemsize)
     work = _work_bytes(STRIP_BYTES // itemsize, itemsize, _num_workers(network))
     return itemsize * (largest + kept) + max(least - itemsize * largest, work)
