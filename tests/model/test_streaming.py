@@ -192,9 +192,13 @@ def test_of_what_is_computed_twice_only_what_does_not_fit_is(
     small = 4 * 32 * height // 2 * width // 2  # bytes of the map before upsampling, and of those of 8 channels after it
     strip = 4 * 32 * 8 * width
     totals = [rows_of(None), *(rows_of(maps * small + strip) for maps in (5, 4, 2, 1))]
-    # 5: all fits. 4: not the inside of the first block, with the upsampled map that it is computed from. 2: not the
-    # upsampled map, but that inside. 1: neither, nor the insides of small blocks
-    assert totals[0] == totals[1] < min(totals[2:4]) and max(totals[2:4]) < totals[4]
+    # 5: all fits. 4: not the inside of the first large block, beside the upsampled map that it is computed from: its rows
+    # are computed for their moments, and again in 2 strips of 32 that each look at a row more. 2: not the upsampled map,
+    # but that inside: rows of the map for their moments, for the inside, in 8 strips that look at 2 more but for the
+    # borders, and for the shortcut. 1: neither, nor the insides of small blocks.
+    once = 4 * 32 + 5 * 32 + 6 * 64
+    assert totals[:4] == [once, once, once + 64 + 2, once + 64 + (8 * 2 - 2) + 64]
+    assert totals[4] > once + 3 * 64
 
 
 def test_the_input_is_not_changed(build: Any) -> None:
@@ -348,12 +352,30 @@ def test_an_exception_in_a_strip_comes_through_and_leaves_no_threads_and_the_nex
     assert torch.equal(streamed(vae.decoder, z), expected)
 
 
+def test_a_pass_in_inference_mode_leaves_nothing_that_the_next_one_outside_it_cannot_write_to(
+    build: Any, with_threads: Callable[[int], None]
+) -> None:
+    with_threads(1)  # strips are computed in the thread that asks
+    vae = build(**CONFIGS["narrow"])
+    z, results = latent(vae, 9, 7), []
+
+    def work() -> None:
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                results.append(streamed(vae.decoder, z))
+
+    thread = threading.Thread(target=work)  # a new one: nothing is kept in it from other tests
+    thread.start()
+    thread.join()
+    assert len(results) == 2 and torch.equal(*results)
+
+
 def test_the_result_of_no_grad_is_an_ordinary_tensor_and_that_of_inference_mode_is_not(
     build: Any, with_threads: Callable[[int], None]
 ) -> None:
     vae = build(**CONFIGS["narrow"])
     z = latent(vae, 9, 7)
-    for count in (1, 1, 2):  # twice in this thread: after inference mode too
+    for count in (1, 2):
         with_threads(count)
         with torch.no_grad():
             plain = streamed(vae.decoder, z)
