@@ -192,10 +192,10 @@ def test_of_what_is_computed_twice_only_what_does_not_fit_is(
     small = 4 * 32 * height // 2 * width // 2  # bytes of the map before upsampling, and of those of 8 channels after it
     strip = 4 * 32 * 8 * width
     totals = [rows_of(None), *(rows_of(maps * small + strip) for maps in (5, 4, 2, 1))]
-    # 5: all fits. 4: not the inside of the first large block, beside the upsampled map that it is computed from: its rows
-    # are computed for their moments, and again in 2 strips of 32 that each look at a row more. 2: not the upsampled map,
-    # but that inside: rows of the map for their moments, for the inside, in 8 strips that look at 2 more but for the
-    # borders, and for the shortcut. 1: neither, nor the insides of small blocks.
+    # 5: all fits. 4: not the inside of the first large block, beside the upsampled map that it is computed from: its
+    # rows are computed for their moments, and again in 2 strips of 32 that each look at a row more. 2: not the
+    # upsampled map, but that inside: rows of the map for their moments, for the inside, in 8 strips that look at 2 more
+    # but for the borders, and for the shortcut. 1: neither, nor the insides of small blocks.
     once = 4 * 32 + 5 * 32 + 6 * 64
     assert totals[:4] == [once, once, once + 64 + 2, once + 64 + (8 * 2 - 2) + 64]
     assert totals[4] > once + 3 * 64
