@@ -4,7 +4,7 @@
     python tools/bench/network.py --json result.json                                  # SD 1.x on the CPU: hours
     python tools/bench/network.py --json result.json --resume --budget-minutes 60     # an hour of what is missing
     python tools/bench/network.py --json result.json --device cuda --dtype bfloat16   # into the same file
-    python tools/bench/network.py --json /tmp/try.json --config tiny --sizes 64 --batches 1 --subjects diffusers sdvae
+    python tools/bench/network.py --json try.json --config tiny --sizes 64 --batches 1 --subjects diffusers sdvae
     python tools/bench/show.py result.json --table --plot speed.svg                   # what came out
 
 Subjects, all with the same seeded random weights (times do not depend on them) and the same input:
