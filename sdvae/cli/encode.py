@@ -9,6 +9,7 @@ import click
 from sdvae.cli.execute import plan_or_run
 from sdvae.cli.options import (
     announce_vae,
+    dataset_options,
     encode_options,
     image_options,
     run_options,
@@ -28,13 +29,15 @@ __all__ = ["encode_command"]
     epilog="""\b
 Examples:
   sdvae encode photos latents
-  sdvae encode photos shards --vae my-vae --size 512 --crop center --format webdataset""",
+  sdvae encode photos shards --vae my-vae --size 512 --crop center --format webdataset
+  sdvae encode hf://datasets/owner/name latents --split validation""",
 )
 @click.argument("images")
 @click.argument("out", type=click.Path())
 @vae_option
 @encode_options
 @image_options
+@dataset_options
 @run_options
 @tiling_options
 @shard_option
@@ -58,8 +61,9 @@ def encode_command(
 ) -> None:
     """Encode IMAGES into one latent file each, or into shards, in the folder OUT.
 
-    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list; or tar shards of images: a
-    .tar, a folder of these, or a glob. Run again, it does what is missing or stale: where the image, the VAE or the
+    IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list; tar shards of images: a .tar, a
+    folder of these, or a glob; or a dataset: a .parquet or .arrow file, a folder of these, or hf://datasets/OWNER/NAME.
+    Run again, it does what is missing or stale: where the image, the VAE or the
     options changed. OUT/manifest.jsonl lists the latents, with digests.
 
     --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.

@@ -25,6 +25,7 @@ from sdvae.codec.options import (
 
 __all__ = [
     "announce_vae",
+    "dataset_options",
     "encode_options",
     "image_options",
     "json_option",
@@ -168,6 +169,12 @@ image_options = _together(
     click.option(
         "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger images.  [default: 134217728]"
     ),
+)
+
+dataset_options = _together(
+    click.option("--split", metavar="NAME", help="Of a dataset.  [default: train]"),
+    click.option("--subset", metavar="NAME", help="Of a dataset that has several configurations."),
+    click.option("--image-column", metavar="NAME", help="Of a dataset.  [default: image]"),
 )
 
 shard_option = click.option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.options import json_option
+from sdvae.cli.options import dataset_options, json_option
 from sdvae.cli.output import print_json, progress, shown
 from sdvae.codec.options import DEVICES
 from sdvae.errors import ConfigError
@@ -28,7 +28,8 @@ Examples:
   sdvae verify latents --images photos --sample 32 --json""",
 )
 @click.argument("cache", type=click.Path())
-@click.option("--images", type=click.Path(), metavar="DIR", help="The folder that was encoded: encode a sample again.")
+@click.option("--images", metavar="IMAGES", help="What was encoded, as for `encode`: encode a sample again.")
+@dataset_options
 @click.option("--vae", metavar="REF", help="The VAE that CACHE is to be of.  [default: the one that it names]")
 @click.option(
     "--sample", type=click.IntRange(min=1), metavar="N", help=f"Images to encode again.  [default: {_SAMPLE}]"
@@ -47,6 +48,7 @@ def verify_command(
     seed: int,
     device: str,
     as_json: bool,
+    **dataset: str | None,
 ) -> None:
     """Check the latent cache CACHE, a folder that `encode` wrote in any format.
 
@@ -55,12 +57,21 @@ def verify_command(
     Nothing is written. Problems are listed, and the exit code is then 3.
     """
     if sample is not None and images is None:
-        raise ConfigError("--sample says how many images to encode again: give the folder with --images as well")
+        raise ConfigError("--sample says how many images to encode again: give these with --images as well")
+    if images is None and (given := [name for name, value in dataset.items() if value is not None]):
+        raise ConfigError(f"--{given[0].replace('_', '-')} is of the dataset that was encoded: give --images as well")
     from sdvae.codec.verify import verify_cache
 
     with progress("verify") as on_progress:
         report = verify_cache(
-            cache, images=images, vae=vae, sample=sample or _SAMPLE, seed=seed, device=device, on_progress=on_progress
+            cache,
+            images=images,
+            vae=vae,
+            sample=sample or _SAMPLE,
+            seed=seed,
+            device=device,
+            **dataset,
+            on_progress=on_progress,
         )
     if as_json:
         print_json(report.to_json())

@@ -110,6 +110,9 @@ class EncodeOptions(RunOptions):
     crop: str = "none"  # center: cut the resized image to size x size
     background: str = "white"  # colour under transparent pixels
     max_pixels: int | None = None  # larger images are refused; None: the limit of `read_image`
+    split: str | None = None  # datasets: which split; None: train
+    subset: str | None = None  # datasets: the configuration's name, where there are several
+    image_column: str | None = None  # datasets: None: image
     engine: str = "local"  # local: in this process; ray: by workers on the machines of a Ray cluster
     ray_workers: int | None = None  # engine ray: processes with a VAE each; None: one per GPU, else per CPU core
 

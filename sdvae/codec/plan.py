@@ -21,7 +21,7 @@ from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing
 from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions, RunOptions
 from sdvae.codec.parts import Part
 from sdvae.data.images import EncodedImage
-from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, TarMember, os_reason
+from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, Member, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
 __all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
@@ -42,7 +42,7 @@ class Item:
     output: Path
     action: Action
     reason: str
-    member: TarMember | None = None  # where the input is an image in a tar
+    member: Member | None = None  # where the input is part of a larger file
 
     def to_json(self) -> dict[str, Any]:
         """What a user may want to know of it."""
@@ -418,7 +418,7 @@ def _why_settings_differ(
 
 def _why_source_differs(header: LatentHeader, image: ImageFile) -> str | None:
     try:
-        if image.stamp() == (header.source.size_bytes, header.source.mtime_ns):
+        if image.has_stamp(header.source.size_bytes, header.source.mtime_ns):
             return None
         return None if image.digest() == header.source.digest else "the source changed"
     except (OSError, ImageError):

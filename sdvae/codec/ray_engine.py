@@ -129,7 +129,7 @@ def encode_on_ray(
 
 
 def _absolute(job: Item) -> Item:
-    member = replace(job.member, tar=job.member.tar.absolute()) if job.member else None
+    member = job.member.absolute() if job.member else None
     return replace(job, source=job.source.absolute(), output=job.output.absolute(), member=member)
 
 

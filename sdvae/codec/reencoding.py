@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from sdvae.codec.manifest import CacheSettings
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import read_pixels
 from sdvae.data.images import image_to_x
+from sdvae.data.sources import ImageFile
 from sdvae.data.transforms import pad_to_multiple
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, MissingWeightsError
 from sdvae.model.posterior import DiagonalGaussian, image_generator
@@ -92,14 +92,14 @@ def open_recorded_vae(settings: CacheSettings, vae: VaeRef, device: str) -> Load
     return loaded
 
 
-def reencode(latent: StoredLatent, path: Path, loaded: LoadedVae) -> tuple[Reencoding, str]:
-    """Compare all tensors of a latent with those that its image `path` gives now.
+def reencode(latent: StoredLatent, image: ImageFile, loaded: LoadedVae) -> tuple[Reencoding, str]:
+    """Compare all tensors of a latent with those that its image gives now.
 
     Returns: the comparison of the tensor that lies furthest off, and the name of that one.
     Raises: ImageError; LatentFileError where they cannot be compared.
     """
     header = latent.header
-    expected = _expected(header, *_encode(path, header, loaded, mirrored="latents_flipped" in latent.tensors))
+    expected = _expected(header, *_encode(image, header, loaded, mirrored="latents_flipped" in latent.tensors))
     shape = expected["z"].shape
     if found := next((t.shape for t in latent.tensors.values() if t.shape != shape), None):
         raise LatentFileError(f"its image gives the shape {tuple(shape)}, the file has {tuple(found)}")
@@ -138,7 +138,7 @@ def _expected(
 
 
 def _encode(
-    path: Path, header: LatentHeader, loaded: LoadedVae, mirrored: bool
+    image: ImageFile, header: LatentHeader, loaded: LoadedVae, mirrored: bool
 ) -> tuple[DiagonalGaussian, DiagonalGaussian | None]:
     """The posteriors of an image, prepared as a latent's header says, and of its mirror image where that is asked for.
 
@@ -151,7 +151,7 @@ def _encode(
         background=done.background,
         max_pixels=max(1, header.source.width * header.source.height),  # it was accepted once
     )
-    pixels = read_pixels(path, options, jpeg_margin=done.jpeg_margin).pixels
+    pixels = read_pixels(image.content(), options, str(image.path), jpeg_margin=done.jpeg_margin).pixels
     x, _ = pad_to_multiple(image_to_x(pixels), loaded.record.spatial_compression_ratio)
     batch = x[None].to(loaded.device, loaded.dtype).to(memory_format=loaded.memory_format)  # (1, 3, H, W)
 

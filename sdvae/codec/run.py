@@ -19,6 +19,7 @@ from sdvae._version import __version__
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import Member, OnProgress, Tally, carry_out, prepare_folder
+from sdvae.codec.inputs import find_inputs
 from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
 from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
@@ -39,7 +40,6 @@ from sdvae.data.images import (
     x_to_image,
 )
 from sdvae.data.sources import ImageFile
-from sdvae.data.tar_images import find_images_or_tars
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.model.posterior import DiagonalGaussian, image_generator
@@ -160,14 +160,16 @@ class EncodeRun:
     ) -> None:
         self.options = options or EncodeOptions()
         self.out = Path(out)
-        files = find_images_or_tars(images) if isinstance(images, (str, Path)) else images
+        if isinstance(images, (str, Path)):
+            dataset = {name: getattr(self.options, name) for name in ("split", "subset", "image_column")}
+            images = find_inputs(images, **dataset)
         self._on_ray = self.options.engine == "ray"
         if self._on_ray:
             _check_ray(vae)
         self._ref = vae
         self.vae = open_vae(vae, replace(self.options, device="cpu") if self._on_ray else self.options)
         self.encoder = ImageEncoder(self.out, self.options, self.vae)
-        self.plan = plan_encode(files, self.out, self.options, self.encoder.preprocessing, self.vae.record)
+        self.plan = plan_encode(images, self.out, self.options, self.encoder.preprocessing, self.vae.record)
 
     def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
         """Encode what the plan says. Raises: SdvaeError where the disk is full."""
@@ -317,12 +319,16 @@ def encode_folder(
     shard: str | None = EncodeOptions.shard,
     engine: str = EncodeOptions.engine,
     ray_workers: int | None = EncodeOptions.ray_workers,
+    split: str | None = EncodeOptions.split,
+    subset: str | None = EncodeOptions.subset,
+    image_column: str | None = EncodeOptions.image_column,
     on_progress: OnProgress | None = None,
 ) -> EncodeReport:
     """Encode images to one latent file each, or to shards; what is up to date already is skipped.
 
-    images: a folder (its tree is mirrored), a file, a glob or a .txt list, tar files of images or a folder or glob of
-        these, or what `find_images` returned.
+    images: a folder (its tree is mirrored), a file, a glob or a .txt list; tar files of images or a folder or glob of
+        these; a dataset: parquet or arrow files, a folder of these, "hf://datasets/owner/name"; or what `find_images`
+        returned.
     vae: a folder, a file or a hub id; None for the bundled one; a loaded model runs where and as it is.
     The options are those of `EncodeOptions`. Files that fail are recorded in the report, and the rest goes on.
     Raises: ConfigError and CheckpointError before anything is written; SdvaeError where the disk is full.
@@ -351,6 +357,9 @@ def encode_folder(
         shard=shard,
         engine=engine,
         ray_workers=ray_workers,
+        split=split,
+        subset=subset,
+        image_column=image_column,
     )
     return EncodeRun(images, out, vae, options).run(on_progress)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from sdvae.codec import kohya
 from sdvae.codec.cache_files import find_cache_files, read_headers
 from sdvae.codec.cache_formats import read_items
+from sdvae.codec.inputs import ImagesByKey
 from sdvae.codec.kohya_check import trainer_problems
 from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae, VaeRef
@@ -37,7 +38,6 @@ from sdvae.codec.plan import reason_without_path
 from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
 from sdvae.codec.verify_report import Problem, VerifyReport
 from sdvae.data.images import PREPROCESSING_VERSION
-from sdvae.data.sources import file_digest
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 
 __all__ = ["Problem", "VerifyReport", "verify_cache"]
@@ -53,6 +53,9 @@ def verify_cache(
     sample: int = 8,
     seed: int = 0,
     device: str = "auto",
+    split: str | None = None,
+    subset: str | None = None,
+    image_column: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Check a latent cache: counts, digests, headers, shapes, values, keys, and that all of it was made alike.
@@ -60,10 +63,11 @@ def verify_cache(
     docs/latent-caches.md says of each format what is compared with what, and what stays open.
 
     path: the folder. Without a manifest, digests and lost files cannot be checked, and a warning says so.
-    images: the folder that was encoded; then `sample` latents, chosen by `seed`, are compared with what their images
-        give now on `device`, prepared and computed as recorded; a draw is repeated with its seed.
+    images: what was encoded, with `split`, `subset` and `image_column` of a dataset; then `sample` latents, chosen by
+        `seed`, are compared with what their images give now on `device`, prepared and computed as recorded; a draw is
+        repeated with its seed.
     vae: the VAE that the cache is to be of; None takes, with `images`, the one by the name in the cache.
-    Raises: ConfigError where `path` holds no cache, `images` is no folder, or the VAE that it needs is not where it
+    Raises: ConfigError where `path` holds no cache, `images` names none, or the VAE that it needs is not where it
         was; LatentFileError where no latent that names the VAE can be read; CheckpointError for a VAE that cannot be
         loaded.
     """
@@ -74,9 +78,11 @@ def verify_cache(
     manifest = check.open_manifest()
     format = manifest.format if manifest else _format_of(out)
     expected = common_settings(manifest) if manifest else None
-    root = _image_folder(images)
+    sources = None
+    if images is not None:
+        sources = ImagesByKey(images, split=split, subset=subset, image_column=image_column)
     loaded = None
-    if vae is not None or root is not None:
+    if vae is not None or sources is not None:
         settings = expected or _first_settings(out, format)
         if settings is None:
             raise LatentFileError("the cache does not say which VAE made it, for it holds no latent that can be read")
@@ -85,7 +91,7 @@ def verify_cache(
     listed = manifest.by_path if manifest else {}
     files = find_cache_files(out, format)
     names = sorted({file.relative_to(out).as_posix() for file in files} | set(listed))
-    total = len(names) + (min(sample, manifest.num_items) if manifest and root else 0)
+    total = len(names) + (min(sample, manifest.num_items) if manifest and sources else 0)
     for done, name in enumerate(names):
         check.file(name, format, listed.get(name), manifest)
         if on_progress:
@@ -93,9 +99,9 @@ def verify_cache(
     check.mirrored()
     if loaded is not None:
         check.vae(loaded)
-    if root is not None and loaded is not None:
+    if sources is not None and loaded is not None:
         for done, chosen in enumerate(check.chosen):
-            check.reencode(chosen, root, loaded)
+            check.reencode(chosen, sources, loaded)
             if on_progress:
                 on_progress(len(names) + done + 1, len(names) + len(check.chosen))
     return VerifyReport(
@@ -237,14 +243,14 @@ class _Check:
                 f"({short_digest(given.digest)})",
             )
 
-    def reencode(self, item: StoredLatent, root: Path, loaded: LoadedVae) -> None:
+    def reencode(self, item: StoredLatent, images: ImagesByKey, loaded: LoadedVae) -> None:
         """Compare a latent with what its image gives now."""
         source = item.header.source
-        path = root / source.key
-        if not path.is_file():
-            return self.add(item.file, f"its image is not in {root}", source.key)
+        image = images.find(source.key)
+        if image is None:
+            return self.add(item.file, f"its image is not in {images.name}", source.key)
         try:
-            if file_digest(path) != source.digest:
+            if image.digest() != source.digest:
                 return self.add(item.file, "stale: the image changed since it was encoded", source.key)
             if item.header.vae.digest != loaded.record.digest:
                 return  # said once, of the whole cache
@@ -253,11 +259,12 @@ class _Check:
                     f"not encoded again: prepared by version {item.header.preprocessing.version} of sdvae's image "
                     f"reading; this is version {PREPROCESSING_VERSION}"
                 )
-            found, worst = reencode(item, path, loaded)
+            found, worst = reencode(item, image, loaded)
         except LatentFileError as error:
             return self.add(item.file, str(error), source.key)
         except (ImageError, ConfigError, OSError) as error:
-            return self.add(item.file, f"its image cannot be encoded: {reason_without_path(error, path)}", source.key)
+            reason = reason_without_path(error, image.path)
+            return self.add(item.file, f"its image cannot be encoded: {reason}", source.key)
         self.reencoded.append(found)
         if not found.ok:
             self.add(
@@ -292,12 +299,3 @@ def _readable(out: Path, format: str) -> Iterator[LatentHeader]:
 def _first_settings(out: Path, format: str) -> CacheSettings | None:
     header = next(_readable(out, format), None)
     return None if header is None else CacheSettings.of(header)
-
-
-def _image_folder(images: str | Path | None) -> Path | None:
-    if images is None:
-        return None
-    root = Path(images).expanduser()
-    if not root.is_dir():
-        raise ConfigError(f"{images}: expected the folder of images that was encoded")
-    return root

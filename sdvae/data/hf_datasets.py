@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ class DatasetImages:
 
     def __getitem__(self, index: int, /) -> EncodedImage:
         return _encoded(self._dataset[index][self._column], f"{self._name}[{index}]")
+
+    @cached_property
+    def modified_ns(self) -> int | None:
+        """When the dataset's files were last changed; None where they do not hold all of the images."""
+        import pyarrow.compute as pc
+
+        cells = self._dataset.data.column(self._column)
+        is_elsewhere = pc.and_(pc.is_null(pc.struct_field(cells, "bytes")), pc.is_valid(pc.struct_field(cells, "path")))
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        if not files or pc.any(is_elsewhere).as_py():
+            return None
+        return max(file.stat().st_mtime_ns for file in files)
 
 
 class DatasetShards:
@@ -70,7 +83,7 @@ def open_dataset(
         import datasets
     except ImportError as error:
         raise ConfigError(
-            "data.source=datasets needs the package datasets, which is not installed: pip install 'sdvae[train]'"
+            f"{path}: a dataset needs the package datasets, which is not installed: pip install 'sdvae[datasets]'"
         ) from error
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -110,8 +123,7 @@ def _opened(local: Path, path: str, split: str, subset: str | None, streaming: b
         raise ConfigError(_unreachable(path, error)) from error
     except Exception as error:  # the library and its builders raise nearly anything, mostly with a clear message
         raise ConfigError(
-            f"{path}: cannot be opened as a dataset with data.split={split}, data.subset={subset or 'null'} "
-            f"({_details(error)})"
+            f"{path}: cannot be opened as a dataset with split={split}, subset={subset or 'null'} ({_details(error)})"
         ) from error
 
 
@@ -134,7 +146,7 @@ def _saved(folder: Path, split: str, streaming: bool) -> Any:
 
 def _require_split(split: str, known: list[str], path: str) -> None:
     if split not in known:
-        raise ConfigError(f"{path}: no split '{split}'; data.split can be {', '.join(known)}")
+        raise ConfigError(f"{path}: no split '{split}'; split can be {', '.join(known)}")
 
 
 def _features(dataset: Any) -> Mapping[str, Any]:
@@ -152,7 +164,7 @@ def _require_images(features: Mapping[str, Any], column: str, path: str) -> None
     known = (
         f"columns of images: {', '.join(images)}" if images else f"it has none of images, only {', '.join(features)}"
     )
-    raise ConfigError(f"{path}: {problem}; {known}. Set data.image_column.")
+    raise ConfigError(f"{path}: {problem}; {known}. Set image_column.")
 
 
 def _holds_images(feature: Any) -> bool:
@@ -202,7 +214,7 @@ def _unreachable(path: str, error: Exception) -> str:
     return (
         f"dataset '{path}' is no file or folder here, is not in the cache ({datasets.config.HF_DATASETS_CACHE}), and "
         f"the hub cannot be reached ({_details(error)}). Without a network, fill that cache on another machine "
-        "and point HF_HOME to it, or set data.path to local parquet or arrow files or to a folder of save_to_disk"
+        "and point HF_HOME to it, or give local parquet or arrow files or a folder of save_to_disk"
     )
 
 

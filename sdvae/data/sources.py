@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sdvae.errors import ConfigError, ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFile", "TarMember", "file_digest", "find_images", "folder_digest", "os_reason"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFile", "Member", "file_digest", "find_images", "folder_digest", "os_reason"]
 
 # Names that mean a picture. HEIC and JPEG XL are among them although Pillow alone reads neither: a picture that
 # cannot be read is to be reported, not passed over in silence. Camera raw files are not: they lie beside the JPEG of
@@ -26,13 +27,24 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class TarMember:
-    """Where a file lies in an uncompressed tar."""
+class Member(Protocol):
+    """Where an image lies in a larger file, such as a tar. Can be pickled and hashed."""
 
-    tar: Path
-    offset: int  # bytes
-    size_bytes: int
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Size in bytes and time in ns. Raises: OSError; ImageError, which begins with `name`."""
+        ...
+
+    def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
+        """Whether it seems unchanged since it had this stamp, without reading it. Raises: OSError."""
+        ...
+
+    def content(self, name: str) -> Path | bytes:
+        """The image file's bytes, or where they are. Raises: ImageError, which begins with `name`."""
+        ...
+
+    def absolute(self) -> Member:
+        """The same one, for a process with another working directory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,29 +52,25 @@ class ImageFile:
     """An image on disk. It may turn out to be unreadable: only its name has been looked at."""
 
     key: str  # posix path relative to the root of the search, with suffix; unique in its list
-    path: Path  # where to open it; for lists and messages only where it is in a tar
-    member: TarMember | None = None  # where it is in a tar
+    path: Path  # where to open it; for lists and messages only where it is a member
+    member: Member | None = None  # where it is part of a larger file
 
     def stamp(self) -> tuple[int, int]:
-        """Size in bytes and time in ns: a quick sign that it is unchanged. Raises: OSError."""
+        """Size in bytes and time in ns: a quick sign that it is unchanged. Raises: OSError, ImageError."""
         if self.member:
-            return self.member.size_bytes, self.member.tar.stat().st_mtime_ns
+            return self.member.stamp(str(self.path))
         status = self.path.stat()
         return status.st_size, status.st_mtime_ns
 
+    def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
+        """Whether it seems unchanged since it had this stamp. Raises: OSError, ImageError."""
+        if self.member:
+            return self.member.has_stamp(size_bytes, mtime_ns)
+        return self.stamp() == (size_bytes, mtime_ns)
+
     def content(self) -> Path | bytes:
-        """The file, or in a tar its bytes. Raises: ImageError."""
-        if self.member is None:
-            return self.path
-        try:
-            with self.member.tar.open("rb") as file:
-                file.seek(self.member.offset)
-                data = file.read(self.member.size_bytes)
-        except OSError as error:
-            raise ImageError(f"{self.path}: {os_reason(error)}") from error
-        if len(data) < self.member.size_bytes:
-            raise ImageError(f"{self.path}: the tar is shorter than it was when it was listed")
-        return data
+        """The file, or of a member its bytes. Raises: ImageError."""
+        return self.member.content(str(self.path)) if self.member else self.path
 
     def digest(self) -> str:
         """Of its bytes, as `file_digest`. Raises: ImageError."""

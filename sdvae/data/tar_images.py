@@ -9,15 +9,45 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, TarMember, find_images
-from sdvae.errors import ConfigError
+from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, find_images, os_reason
+from sdvae.errors import ConfigError, ImageError
 
-__all__ = ["find_images_or_tars"]
+__all__ = ["TAR_SUFFIX", "TarMember", "find_images_or_tars"]
 
-_SUFFIX = ".tar"
+TAR_SUFFIX = ".tar"
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """Where a file lies in an uncompressed tar (`sources.Member`)."""
+
+    tar: Path
+    offset: int  # bytes
+    size_bytes: int
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        return self.size_bytes, self.tar.stat().st_mtime_ns
+
+    def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
+        return self.stamp("") == (size_bytes, mtime_ns)
+
+    def content(self, name: str) -> bytes:
+        try:
+            with self.tar.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size_bytes)
+        except OSError as error:
+            raise ImageError(f"{name}: {os_reason(error)}") from error
+        if len(data) < self.size_bytes:
+            raise ImageError(f"{name}: the tar is shorter than it was when it was listed")
+        return data
+
+    def absolute(self) -> TarMember:
+        return replace(self, tar=self.tar.absolute())
 
 
 def find_images_or_tars(spec: str | Path) -> list[ImageFile]:
@@ -28,9 +58,9 @@ def find_images_or_tars(spec: str | Path) -> list[ImageFile]:
     Raises: ConfigError where nothing is found, a tar is cut off or compressed, or a name leads out of it.
     """
     path = Path(spec).expanduser()
-    if os.path.isfile(path) and path.suffix.lower() == _SUFFIX:
+    if os.path.isfile(path) and path.suffix.lower() == TAR_SUFFIX:
         tars = {path.name: path}
-    elif path.suffix.lower() == _SUFFIX and glob.has_magic(str(path)):
+    elif path.suffix.lower() == TAR_SUFFIX and glob.has_magic(str(path)):
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
         tars = {tar.relative_to(root).as_posix(): tar for tar in found}
@@ -38,7 +68,7 @@ def find_images_or_tars(spec: str | Path) -> list[ImageFile]:
         try:
             return find_images(path)
         except ConfigError:
-            tars = {tar.relative_to(path).as_posix(): tar for tar in path.rglob(f"*{_SUFFIX}") if tar.is_file()}
+            tars = {tar.relative_to(path).as_posix(): tar for tar in path.rglob(f"*{TAR_SUFFIX}") if tar.is_file()}
             if not tars:
                 raise
     else:

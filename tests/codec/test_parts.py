@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
@@ -371,18 +373,44 @@ def test_a_damaged_image_is_reported_by_its_part_and_by_the_merge(
     assert (merge_parts(out).exit_code, read_manifest(out).num_items) == (0, 6)
 
 
-@each_format
-def test_tar_shards_of_images_are_divided_as_files_are(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
-) -> None:
-    images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    (tmp_path / "tars").mkdir()
-    for number, names in enumerate((list(numbered(6))[:4], list(numbered(6))[4:])):
-        with tarfile.open(tmp_path / f"tars/{number}.tar", "w") as tar:
-            for name in names:
+def pack_tars(images: Path, out: Path) -> Path:
+    names = list(numbered(6))
+    out.mkdir()
+    for number, part in enumerate((names[:4], names[4:])):
+        with tarfile.open(out / f"{number}.tar", "w") as tar:
+            for name in part:
                 tar.add(images / name, name)
+    return out
+
+
+def pack_parquet(images: Path, out: Path) -> Path:
+    names = list(numbered(6))
+    out.mkdir()
+    for number, part in enumerate((names[:4], names[4:])):
+        cells = [{"bytes": (images / name).read_bytes(), "path": name} for name in part]
+        table = pa.table({"image": pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
+        pq.write_table(table, out / f"{number}.parquet", row_group_size=2)
+    return out
+
+
+@each_format
+@pytest.mark.parametrize(
+    ("pack", "folders"), [(pack_tars, {"0.tar", "1.tar"}), (pack_parquet, {"train"})], ids=["tars", "dataset"]
+)
+def test_packed_images_are_divided_as_files_are(
+    tmp_path: Path,
+    make_images: MakeImages,
+    vae_path: Path,
+    format: str,
+    pack: Callable[[Path, Path], Path],
+    folders: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
+    packed = pack(images, tmp_path / "packed")
     options = {"vae": vae_path, **options_for(format)}
-    reports = in_parts(tmp_path / "tars", out, 3, **options)
+    reports = in_parts(packed, out, 3, **options)
     assert sum(report.done for report in reports) == 6 == read_manifest(out).num_items
     encode_folder(images, tmp_path / "whole", **options)
 
@@ -391,9 +419,11 @@ def test_tar_shards_of_images_are_divided_as_files_are(
         return {h.source.digest: t["mean"].flatten().tolist() for h, t in items}
 
     assert means(out) == means(tmp_path / "whole")
-    assert {key.split("/")[0] for key in latents(out, format)} == {"0.tar", "1.tar"}
-    again = in_parts(tmp_path / "tars", out, 3, **options)
-    assert (sum(report.done for report in again), verify_cache(out).problems) == (0, ())
+    assert {key.split("/")[0] for key in latents(out, format)} == folders
+    again = in_parts(packed, out, 3, **options)
+    assert sum(report.done for report in again) == 0
+    checked = verify_cache(out, images=packed, device="cpu")
+    assert (checked.problems, len(checked.reencoded)) == ((), 6)
 
 
 @pytest.mark.parametrize("count", [2, 12])

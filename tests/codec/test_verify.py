@@ -341,6 +341,6 @@ def test_a_vae_that_is_gone_or_became_another_is_an_error_before_anything_is_rea
     shutil.rmtree(mine)
     with pytest.raises(ConfigError, match="give it with --vae"):
         verify_cache(tmp_path / "cache", images=images, device="cpu")
-    with pytest.raises(SdvaeError, match="expected the folder of images"):
-        verify_cache(tmp_path / "cache", images=images / "a.png", vae=vae_path)
+    with pytest.raises(SdvaeError, match="no such file or folder"):
+        verify_cache(tmp_path / "cache", images=images / "z.png", vae=vae_path)
     assert verify_cache(tmp_path / "cache").exit_code == 0

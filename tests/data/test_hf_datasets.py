@@ -149,12 +149,12 @@ def test_a_damaged_shard_is_one_unreadable_sample(folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("parquet", {"image_column": "image"}, "no column 'image'; columns of images: picture. Set data.image_column"),
+        ("parquet", {"image_column": "image"}, "no column 'image'; columns of images: picture. Set image_column"),
         ("parquet", {"image_column": "label"}, "column 'label' holds no images; columns of images: picture"),
-        ("parquet", {"split": "dev"}, r"data.split=dev.*\['train'\]"),
-        ("parquet", {"subset": "tiny"}, r"data.subset=tiny.*'default'"),
-        ("splits", {"split": "dev"}, "splits: no split 'dev'; data.split can be test, train"),
-        ("saved", {"split": "dev"}, "saved: no split 'dev'; data.split can be train"),
+        ("parquet", {"split": "dev"}, r"split=dev.*\['train'\]"),
+        ("parquet", {"subset": "tiny"}, r"subset=tiny.*'default'"),
+        ("splits", {"split": "dev"}, "splits: no split 'dev'; split can be test, train"),
+        ("saved", {"split": "dev"}, "saved: no split 'dev'; split can be train"),
         ("saved/state.json", {}, "expected a .parquet or .arrow file, a folder or the name"),
         ("nowhere", {}, "nowhere: no such file or folder"),
     ],
@@ -187,11 +187,11 @@ def test_a_hub_out_of_reach_tells_how_to_do_without(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for streaming in (False, True):
-        with pytest.raises(ConfigError, match="dataset 'nobody/nothing' is no file.*HF_HOME.*data.path to local"):
+        with pytest.raises(ConfigError, match="dataset 'nobody/nothing' is no file.*HF_HOME.*give local"):
             opened("nobody/nothing", streaming=streaming)
 
 
 def test_without_the_library_the_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"datasets.*pip install 'sdvae\[train\]'"):
+    with pytest.raises(ConfigError, match=r"datasets.*pip install 'sdvae\[datasets\]'"):
         opened(folder / "saved")
