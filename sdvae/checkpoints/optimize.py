@@ -9,7 +9,7 @@ from torch import nn
 
 from sdvae.errors import ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
-from sdvae.model.device import preferred_memory_format
+from sdvae.model.device import compile_settings, preferred_memory_format
 
 __all__ = ["optimize"]
 
@@ -28,8 +28,9 @@ def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
         an AutoencoderKL of sdvae. Device, dtype, mode, slicing and tiling are kept; the weights are shared. The first
         pass makes transformed weights (in a fraction of a second), which take up to five times the memory of the
         network's own; `enable_tiling("exact", max_memory_bytes=...)` goes without.
-    compile: run encoder and decoder through torch.compile instead, for GPUs. It compiles for every shape anew, of which
-        torch keeps eight; each takes tens of seconds to minutes, and is told in the log.
+    compile: run encoder and decoder through torch.compile instead, for GPUs: normalisation and activation in one kernel,
+        half precision in channels_last, and CUDA graphs. It compiles for every shape anew, of which torch keeps eight;
+        each takes tens of seconds to minutes, and is told in the log.
     Returns: the pipeline that was given, or for a VAE the one to use in its place.
     Raises: ConfigError for a VAE of another class, one that is compiled, fused or offloaded, and where there is none.
     """
@@ -45,12 +46,14 @@ def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
 
 def _optimized(vae: Any, name: str, compile: bool) -> AutoencoderKL:
     ours = vae if isinstance(vae, AutoencoderKL) else _shared(vae, name)
-    device = next(ours.parameters()).device
+    weights = next(ours.parameters())
     ours.use_fast_path = True
+    memory_format = preferred_memory_format(weights.device)
     if compile:  # strips leave compiled networks alone
-        ours.encoder.compile(dynamic=False)
-        ours.decoder.compile(dynamic=False)
-    return ours.to(memory_format=preferred_memory_format(device))  # type: ignore[no-any-return]
+        mode, memory_format = compile_settings(weights.device, weights.dtype)
+        ours.encoder.compile(dynamic=False, mode=mode)
+        ours.decoder.compile(dynamic=False, mode=mode)
+    return ours.to(memory_format=memory_format)  # type: ignore[no-any-return]
 
 
 def _shared(stock: Any, name: str) -> AutoencoderKL:

@@ -132,15 +132,15 @@ def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
 
 def _forward(network: Encoder | Decoder, x: Tensor) -> Tensor:
     """`network(x)`. For one that is compiled, says what a new shape costs."""
-    shapes = _compiled.setdefault(network, set()) if network._compiled_call_impl is not None else {x.shape}
-    if x.shape in shapes or torch.compiler.is_compiling():
+    if network._compiled_call_impl is None or torch.compiler.is_compiling():
         return network(x)  # type: ignore[no-any-return]
-    start = time.perf_counter()
-    result = network(x)
-    shapes.add(x.shape)
-    seconds, size = time.perf_counter() - start, " x ".join(map(str, x.shape))
-    logger.warning("compiled the %s for %s in %.0f s", type(network).__name__.lower(), size, seconds)
-    return result  # type: ignore[no-any-return]
+    shapes, start = _compiled.setdefault(network, set()), time.perf_counter()
+    result: Tensor = network(x).clone()  # the next replay of a CUDA graph writes to the same memory
+    if x.shape not in shapes:
+        shapes.add(x.shape)
+        seconds, size = time.perf_counter() - start, " x ".join(map(str, x.shape))
+        logger.warning("compiled the %s for %s in %.0f s", type(network).__name__.lower(), size, seconds)
+    return result
 
 
 def available_bytes(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from sdvae.errors import ConfigError
 from sdvae.evaluation.seams import seam_score
 from sdvae.model import autoencoder, execution
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.device import compile_settings
 from sdvae.model.execution import execute
 
 MINI = Path(str(resources.files("sdvae.assets") / "sdvae-mini"))
@@ -110,7 +111,7 @@ def test_a_compiled_network_runs_as_it_is_and_each_shape_is_told_once(
         module_compile(module, backend="eager", **options)
 
     monkeypatch.setattr(nn.Module, "compile", eager)
-    assert optimize(vae, compile=True) is vae and compiled == [{"dynamic": False}] * 2
+    assert optimize(vae, compile=True) is vae and compiled == [{"dynamic": False, "mode": None}] * 2
     ways.clear()
     with caplog.at_level(logging.WARNING, "sdvae"):
         for height in (16, 16, 8, 16):
@@ -123,6 +124,37 @@ def test_a_compiled_network_runs_as_it_is_and_each_shape_is_told_once(
     vae.enable_tiling("exact")
     with pytest.raises(ConfigError, match="exact tiling is not possible with a network that is compiled"):
         vae.decode(z)
+
+
+@torch.no_grad()
+def test_what_a_compiled_network_gave_is_not_written_over_by_its_next_pass(vae: AutoencoderKL) -> None:
+    """As CUDA graphs do: each replay writes to the memory of the one before."""
+    memory: list[tuple[Tensor, ...]] = []
+
+    def graph(module: Any, inputs: Any) -> Any:
+        def replay(*arguments: Any) -> tuple[Tensor, ...]:
+            results = module(*arguments)
+            memory[:] = memory or [results]
+            for kept, result in zip(memory[0], results, strict=True):
+                kept.copy_(result)
+            return memory[0]
+
+        return replay
+
+    z = noise(2, 4, 8, 8)
+    expected = [vae.decode(z[:1]).sample, vae.decode(z[1:]).sample]
+    vae.decoder.compile(dynamic=False, backend=graph)
+    first = vae.decode(z[:1]).sample
+    second = vae.decode(z[1:]).sample
+    assert near(first, expected[0]) and near(second, expected[1]) and not near(first, second)
+
+
+def test_compiling_suits_the_device() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for dtype in (torch.float16, torch.bfloat16):
+        assert compile_settings(cuda, dtype) == ("reduce-overhead", torch.channels_last)
+    assert compile_settings(cuda, torch.float32) == ("reduce-overhead", torch.contiguous_format)
+    assert compile_settings(cpu, torch.float32) == (None, torch.channels_last)
 
 
 @torch.no_grad()
