@@ -28,9 +28,9 @@ def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
         an AutoencoderKL of sdvae. Device, dtype, mode, slicing and tiling are kept; the weights are shared. The first
         pass makes transformed weights (in a fraction of a second), which take up to five times the memory of the
         network's own; `enable_tiling("exact", max_memory_bytes=...)` goes without.
-    compile: run encoder and decoder through torch.compile instead, for GPUs: normalisation and activation in one kernel,
-        half precision in channels_last, and CUDA graphs. It compiles for every shape anew, of which torch keeps eight;
-        each takes tens of seconds to minutes, and is told in the log.
+    compile: run encoder and decoder through torch.compile instead, for GPUs: normalisation and activation in one
+        kernel, half precision in channels_last, and CUDA graphs. It compiles for every shape anew, of which torch keeps
+        eight; each takes tens of seconds to minutes, and is told in the log.
     Returns: the pipeline that was given, or for a VAE the one to use in its place.
     Raises: ConfigError for a VAE of another class, one that is compiled, fused or offloaded, and where there is none.
     """
