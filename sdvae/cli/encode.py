@@ -29,8 +29,7 @@ __all__ = ["encode_command"]
     epilog="""\b
 Examples:
   sdvae encode photos latents
-  sdvae encode photos shards --vae my-vae --size 512 --crop center --format webdataset
-  sdvae encode hf://datasets/owner/name latents --split validation""",
+  sdvae encode hf://datasets/owner/name shards --vae my-vae --size 512 --crop center --format webdataset""",
 )
 @click.argument("images")
 @click.argument("out", type=click.Path())
