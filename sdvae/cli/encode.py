@@ -62,8 +62,8 @@ def encode_command(
 
     IMAGES is a folder (OUT mirrors its tree), a file, a glob in quotes, or a .txt list; tar shards of images: a .tar, a
     folder of these, or a glob; or a dataset: a .parquet or .arrow file, a folder of these, or hf://datasets/OWNER/NAME.
-    Run again, it does what is missing or stale: where the image, the VAE or the
-    options changed. OUT/manifest.jsonl lists the latents, with digests.
+    Run again, it does what is missing or stale: where the image, the VAE or the options changed. OUT/manifest.jsonl
+    lists the latents, with digests.
 
     --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
