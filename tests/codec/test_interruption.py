@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +18,16 @@ from sdvae.files import _host
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 
-COUNT = 60
+COUNT = 40
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
 @contextmanager
-def encoding(images: Path, out: Path, vae_path: Path) -> Iterator[subprocess.Popen[str]]:
+def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of encoding: some files are written, most are not."""
-    command = [sys.executable, "-m", "sdvae", "encode", str(images), str(out), "--vae", str(vae_path)]
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [*command, "--batch-size", "1"],
+        [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path), "--batch-size", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,11 +53,11 @@ def whole_files(out: Path) -> int:
 
 
 def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str]
 ) -> None:
-    images = make_images(tmp_path / "images", {f"{i:02}.png": (200, 200) for i in range(COUNT)})
+    images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
     out = tmp_path / "out"
-    with encoding(images, out, vae_path) as process:
+    with encoding(slowly_writing_sdvae, images, out, vae_path) as process:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     begun = whole_files(out)
@@ -72,11 +70,11 @@ def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
 
 
 def test_an_interrupted_run_ends_with_130_and_whole_files(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str]
 ) -> None:
-    images = make_images(tmp_path / "images", {f"{i:02}.png": (200, 200) for i in range(COUNT)})
+    images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
     out = tmp_path / "out"
-    with encoding(images, out, vae_path) as process:
+    with encoding(slowly_writing_sdvae, images, out, vae_path) as process:
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130

@@ -161,7 +161,8 @@ def test_parts_that_run_at_the_same_time_do_not_disturb_each_other(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(40, (64, 64))), tmp_path / "out"
-    processes = [start(images, out, vae_path, f"{i}/2", format) for i in (1, 2)]
+    sdvae = [sys.executable, "-m", "sdvae"]
+    processes = [start(sdvae, images, out, vae_path, f"{i}/2", format) for i in (1, 2)]
     for process in processes:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
@@ -171,8 +172,10 @@ def test_parts_that_run_at_the_same_time_do_not_disturb_each_other(
     assert verify_cache(out).problems == ()
 
 
-def start(images: Path, out: Path, vae_path: Path, shard: str, format: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sdvae", "encode", str(images), str(out), "--vae", str(vae_path)]
+def start(
+    sdvae: list[str], images: Path, out: Path, vae_path: Path, shard: str, format: str
+) -> subprocess.Popen[str]:
+    command = [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
     more = ["--shard-size", "2"] if format in SHARDED_FORMATS else []
     return subprocess.Popen(
         [*command, "--shard", shard, "--format", format, "--batch-size", "1", *more],
@@ -186,13 +189,13 @@ def start(images: Path, out: Path, vae_path: Path, shard: str, format: str) -> s
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("format", ["safetensors", "webdataset"])
 def test_a_part_that_is_killed_goes_on_alone_and_the_last_one_merges(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str], format: str
 ) -> None:
-    images, out = make_images(tmp_path / "images", numbered(40, (200, 200))), tmp_path / "out"
+    images, out = make_images(tmp_path / "images", numbered(40, (64, 64))), tmp_path / "out"
     options = {"vae": vae_path, **options_for(format)}
     other = encode_folder(images, out, shard="2/2", **options)
     times = {path: path.stat().st_mtime_ns for path in find_cache_files(out, format)}
-    process = start(images, out, vae_path, "1/2", format)
+    process = start(slowly_writing_sdvae, images, out, vae_path, "1/2", format)
     try:
         deadline = time.monotonic() + 60
         while len(find_cache_files(out, format)) < len(times) + 3:

@@ -37,19 +37,23 @@ def latents(out: Path, format: str) -> dict[str, bytes]:
     return {header.source.key: encode_file([(header, tensors)], "webdataset") for header, tensors in items}
 
 
-def ray_processes() -> set[int]:
+def ray_processes() -> list[psutil.Process]:
     """Those below this process that Ray started."""
-    return {p.pid for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline()[:4])}
+    return [p for p in psutil.Process().children(recursive=True) if "ray" in " ".join(p.cmdline()[:4])]
 
 
-@pytest.fixture
-def two_workers_of_which_one_is_killed(tmp_path: Path) -> Iterator[Path]:
+def processes_with(name: str, value: str) -> list[psutil.Process]:
+    """Those that inherited a variable of the environment, also where their parent is gone."""
+    return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(name) == value]
+
+
+@pytest.fixture(scope="module")
+def two_workers_of_which_one_is_killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A local Ray; the first worker that is about to put its third file in place, and the first that has put a shard
     in place, ends there and then. Yields: the folder with a note of each.
     """
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    marks = tmp_path / "killed"
-    marks.mkdir()
+    marks = tmp_path_factory.mktemp("killed")
     folder = str(marks)
 
     def in_each_worker() -> None:  # Ray copies it into the workers, so that it can use nothing from out here
@@ -91,7 +95,7 @@ def two_workers_of_which_one_is_killed(tmp_path: Path) -> Iterator[Path]:
         yield marks
     finally:
         ray.shutdown()
-        assert psutil.wait_procs([psutil.Process(pid) for pid in ray_processes()], timeout=20)[1] == []
+        assert psutil.wait_procs(ray_processes(), timeout=20)[1] == []
 
 
 @pytest.mark.slow
@@ -138,8 +142,9 @@ def test_the_command_reports_all_workers_and_leaves_no_process(
         capture_output=True,
         text=True,
         cwd=tmp_path,  # its relative paths are to be found by workers that run elsewhere
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "STARTED_BY": str(tmp_path)},
     )
+    assert psutil.wait_procs(processes_with("STARTED_BY", str(tmp_path)), timeout=10)[1] == []
     assert result.returncode == 3, result.stderr
     report = json.loads(result.stdout)
     assert (report["done"], report["failed"], report["failures"][0]["key"]) == (10, 1, "images.tar/bad.png")
@@ -147,7 +152,6 @@ def test_the_command_reports_all_workers_and_leaves_no_process(
     assert [line for line in result.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
     assert read_manifest(tmp_path / "out").num_items == 10
     assert read_manifest(tmp_path / "out").settings[0].vae.name == str(vae_path)
-    assert ray_processes() == set()
 
 
 def test_without_ray_the_command_to_install_it_is_named(

@@ -376,9 +376,11 @@ def test_a_shard_that_cannot_be_written_fails_its_images(
 
 
 @contextmanager
-def encoding(images: Path, out: Path, vae_path: Path, format: str) -> Iterator[subprocess.Popen[str]]:
+def encoding(
+    sdvae: list[str], images: Path, out: Path, vae_path: Path, format: str
+) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of encoding: some shards are written, most are not."""
-    command = [sys.executable, "-m", "sdvae", "encode", str(images), str(out), "--vae", str(vae_path)]
+    command = [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
     process = subprocess.Popen(
         [*command, "--batch-size", "1", "--format", format, "--shard-size", "4"],
         stdout=subprocess.PIPE,
@@ -403,11 +405,16 @@ def encoding(images: Path, out: Path, vae_path: Path, format: str) -> Iterator[s
     [("webdataset", signal.SIGKILL), ("parquet", signal.SIGKILL), ("webdataset", signal.SIGINT)],
 )
 def test_a_killed_run_leaves_only_whole_shards_and_the_next_one_finishes(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, signal_number: int
+    tmp_path: Path,
+    make_images: MakeImages,
+    vae_path: Path,
+    slowly_writing_sdvae: list[str],
+    format: str,
+    signal_number: int,
 ) -> None:
-    images = make_images(tmp_path / "images", {f"{i:02}.png": (160, 160) for i in range(32)})
+    images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(32)})
     out = tmp_path / "out"
-    with encoding(images, out, vae_path, format) as process:
+    with encoding(slowly_writing_sdvae, images, out, vae_path, format) as process:
         process.send_signal(signal_number)
         process.wait(timeout=20)
         assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from sdvae.training.interruption import stop_on_signals
 from sdvae.training.loop import train
 
 
-def start(config: TrainConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
+def start(
+    config: TrainConfig, folder: Path, *options: str, sdvae: Sequence[str] = (sys.executable, "-m", "sdvae")
+) -> subprocess.Popen[str]:
     path = folder / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "sdvae", "train", str(path), *options],
+        [*sdvae, "train", str(path), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -52,12 +54,12 @@ def weights(run_dir: str, step: int, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_written_loses_nothing_that_was_whole(
-    make_config: Any, adversarial: Any, tmp_path: Path
+    make_config: Any, adversarial: Any, tmp_path: Path, slowly_writing_sdvae: list[str]
 ) -> None:
     changes = {"steps": 12, "checkpoint_every": 1, "num_checkpoints": 3, "loss": {"adversarial": adversarial()}}
     whole, killed = make_config("whole", **changes), make_config("killed", **changes)
     checkpoints = Path(killed.run_dir) / "checkpoints"
-    process = start(killed, tmp_path)
+    process = start(killed, tmp_path, sdvae=slowly_writing_sdvae)
     # a folder that is being written, once there are whole ones
     wait_for(
         lambda: len(list(checkpoints.glob("step-????????"))) > 2 and any(checkpoints.glob("*.partial/*")), process, 0
