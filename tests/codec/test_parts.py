@@ -172,9 +172,7 @@ def test_parts_that_run_at_the_same_time_do_not_disturb_each_other(
     assert verify_cache(out).problems == ()
 
 
-def start(
-    sdvae: list[str], images: Path, out: Path, vae_path: Path, shard: str, format: str
-) -> subprocess.Popen[str]:
+def start(sdvae: list[str], images: Path, out: Path, vae_path: Path, shard: str, format: str) -> subprocess.Popen[str]:
     command = [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
     more = ["--shard-size", "2"] if format in SHARDED_FORMATS else []
     return subprocess.Popen(

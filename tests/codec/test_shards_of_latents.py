@@ -375,9 +375,7 @@ def test_a_shard_that_cannot_be_written_fails_its_images(
 
 
 @contextmanager
-def encoding(
-    sdvae: list[str], images: Path, out: Path, vae_path: Path, format: str
-) -> Iterator[subprocess.Popen[str]]:
+def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path, format: str) -> Iterator[subprocess.Popen[str]]:
     """A process in the middle of encoding: some shards are written, most are not."""
     command = [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
     process = subprocess.Popen(
