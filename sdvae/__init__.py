@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from sdvae._version import __version__
 
 if TYPE_CHECKING:
-    from sdvae.checkpoints.convert import convert
-    from sdvae.checkpoints.optimize import optimize
+    from sdvae.calibration.measure import calibrate
+    from sdvae.checkpoints.convert.run import convert
     from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
     from sdvae.codec.run import decode_folder, encode_folder
-    from sdvae.evaluation.calibrate import calibrate
     from sdvae.evaluation.runner import evaluate
     from sdvae.model.autoencoder import AutoencoderKL
+    from sdvae.model.optimize import optimize
     from sdvae.training.loop import train
 
 _HOMES = {
@@ -25,11 +25,11 @@ _HOMES = {
     "load_autoencoder": "sdvae.checkpoints.store",
     "save_autoencoder": "sdvae.checkpoints.store",
     "to_diffusers": "sdvae.checkpoints.store",
-    "convert": "sdvae.checkpoints.convert",
-    "optimize": "sdvae.checkpoints.optimize",
+    "convert": "sdvae.checkpoints.convert.run",
+    "optimize": "sdvae.model.optimize",
     "encode_folder": "sdvae.codec.run",
     "decode_folder": "sdvae.codec.run",
-    "calibrate": "sdvae.evaluation.calibrate",
+    "calibrate": "sdvae.calibration.measure",
     "evaluate": "sdvae.evaluation.runner",
     "train": "sdvae.training.loop",
 }

@@ -17,10 +17,12 @@ PACKAGE = Path(sdvae.__file__).parent
 LEVELS = [
     {"_version", "_torchvision", "errors"},
     {"config", "files"},
-    {"model", "features", "data"},
-    {"checkpoints"},
-    {"evaluation", "codec", "explore"},
-    {"training"},
+    {"model", "features", "data", "report"},
+    {"checkpoints", "metrics"},
+    {"latents"},
+    {"codec", "calibration", "precision"},
+    {"evaluation", "training"},
+    {"card"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -30,12 +32,12 @@ ADDRESSES = {
         "model/autoencoder.py",
         "checkpoints/store.py",
         "checkpoints/any_autoencoder.py",
-        "checkpoints/optimize.py",
+        "model/optimize.py",
     },
     "accelerate": {"training/loop.py", "training/state.py", "evaluation/processes.py"},
-    "datasets": {"data/hf_datasets.py"},
-    "webdataset": {"data/shards.py"},
-    "ray": {"codec/ray_engine.py"},
+    "datasets": {"data/sources/datasets.py"},
+    "webdataset": {"data/sources/shards.py"},
+    "ray": {"codec/ray.py"},
 }
 
 

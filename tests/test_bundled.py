@@ -17,7 +17,7 @@ from sdvae.data.images import EncodedImage
 from sdvae.features.lpips import LPIPS, build_lpips
 from sdvae.training.build import build_autoencoder
 from sdvae.training.config import TrainConfig
-from sdvae.training.validation import ValidationResult, Validator
+from sdvae.training.monitoring.validation import ValidationResult, Validator
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = bundled_path().parent / "photos"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdvae.checkpoints import formats
+from sdvae.checkpoints.compat.facts import WeightFacts
+from sdvae.checkpoints.compat.loaders import loader_verdicts
 from sdvae.checkpoints.formats import SCALE_FIELDS, Found, Kind
-from sdvae.checkpoints.loaders import loader_verdicts
-from sdvae.checkpoints.weight_facts import WeightFacts
 from sdvae.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from sdvae.cli.output import note, print_json, print_reasons, print_table, progr
 from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sdvae.evaluation.calibration import Calibration
-    from sdvae.evaluation.latent_moments import Estimate
-    from sdvae.evaluation.write_calibration import Written
+    from sdvae.calibration.result import Calibration
+    from sdvae.calibration.write import Written
+    from sdvae.metrics.moments import Estimate
 
 __all__ = ["calibrate_command"]
 
@@ -64,8 +64,8 @@ def calibrate_command(
     """
     if (shift or per_channel) and not write:
         raise ConfigError(f"{'--shift' if shift else '--per-channel'} says what to write: give --write as well")
-    from sdvae.evaluation.calibrate import CalibrateOptions, calibrate
-    from sdvae.evaluation.write_calibration import check_writable, write_calibration
+    from sdvae.calibration.measure import CalibrateOptions, calibrate
+    from sdvae.calibration.write import check_writable, write_calibration
 
     CalibrateOptions(**options)  # before anything is looked up
     config_path = str(check_writable(vae, per_channel=per_channel, shift=shift)) if write else None
@@ -87,7 +87,7 @@ def calibrate_command(
 
 def _print_dry_run(vae: str, images: str, options: dict[str, Any], config_path: str | None, as_json: bool) -> None:
     from sdvae.checkpoints.read import locate
-    from sdvae.data.sources import find_images
+    from sdvae.data.sources.files import find_images
     from sdvae.evaluation.images import choose_images
 
     locate(vae)

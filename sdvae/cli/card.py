@@ -45,9 +45,9 @@ def card_command(
     Everything in it comes from the VAE's files, the run folder, the evaluation and the audit; what none of them holds
     is named as not measured or not recorded. A run, an evaluation or an audit of another VAE is refused.
     """
-    from sdvae.evaluation.card import build_card, write_card
-    from sdvae.evaluation.card_result import load_audit
-    from sdvae.evaluation.result import load_result
+    from sdvae.card.build import build_card, write_card
+    from sdvae.card.result import load_audit
+    from sdvae.report.result import load_result
 
     result = (
         None if evaluation is None else load_result(evaluation / "result.json" if evaluation.is_dir() else evaluation)

@@ -17,9 +17,9 @@ from sdvae.codec.reports import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
 
 if TYPE_CHECKING:
-    from sdvae.data.sources import ImageFile
-    from sdvae.evaluation.audit import Audit
-    from sdvae.evaluation.stress import Pixels
+    from sdvae.data.sources.files import ImageFile
+    from sdvae.evaluation.stress.run import Pixels
+    from sdvae.precision.audit import Audit
 
 __all__ = ["audit_options", "check_command", "choose_files", "read_pixels"]
 
@@ -116,9 +116,9 @@ def check_command(
         return
     import torch
 
-    from sdvae.evaluation.audit import audit
-    from sdvae.evaluation.subject import open_subject
+    from sdvae.checkpoints.subject import open_subject
     from sdvae.model.device import choose_device
+    from sdvae.precision.audit import audit
 
     subject = open_subject(vae, choose_device(device), torch.float32)
     failures: list[FileReason] = []
@@ -151,7 +151,7 @@ def check_command(
 
 def choose_files(images: str | None, limit: int) -> list[ImageFile]:
     """At most `limit` of the images that are named, evenly spaced; of the bundled photographs where none are."""
-    from sdvae.data.sources import find_images
+    from sdvae.data.sources.files import find_images
     from sdvae.evaluation.images import choose_images
 
     return choose_images(find_images(_PHOTOS if images is None else images), limit)
@@ -215,15 +215,15 @@ def _loaders(vae: str) -> list[dict[str, Any]]:
 
 
 def _write(found: Audit, data: dict[str, Any], out: Path) -> None:
-    from sdvae.evaluation.audit_chart import audit_chart
     from sdvae.files import write_atomic
+    from sdvae.precision.chart import audit_chart
 
     write_atomic(audit_chart(found).encode("utf-8", "replace"), out / CHART_NAME)
     write_atomic(json.dumps(data, indent=2, allow_nan=False).encode(), out / AUDIT_NAME)
 
 
 def _print(found: Audit, loaders: Sequence[dict[str, Any]], out: Path | None) -> None:
-    from sdvae.evaluation.number_formats import headroom_bits
+    from sdvae.precision.number_formats import headroom_bits
 
     images = f"{found.num_images} image{'s' if found.num_images != 1 else ''}"
     click.echo(shown(f"{found.vae}: {found.class_name}, {len(found.layers)} layers, {images}, on {found.device}"))

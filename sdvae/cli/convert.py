@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.checkpoints.convert_options import DTYPES, MAX_SHARD_SIZE, TARGETS, ConvertOptions
+from sdvae.checkpoints.convert.options import DTYPES, MAX_SHARD_SIZE, TARGETS, ConvertOptions
 from sdvae.checkpoints.keys import PREFIXES
 from sdvae.cli.options import write_options
 from sdvae.cli.output import note, print_json, print_table, shown
 
 if TYPE_CHECKING:
-    from sdvae.checkpoints.convert import ConvertReport
-    from sdvae.checkpoints.verify_conversion import Verification
+    from sdvae.checkpoints.convert.run import ConvertReport
+    from sdvae.checkpoints.convert.verify import Verification
 
 __all__ = ["convert_command"]
 
@@ -83,7 +83,7 @@ def convert_command(ctx: click.Context, /, src: str, dst: Path, as_json: bool, *
     """
     options["prefix"] = options["prefix"] or ""
     chosen = ConvertOptions(**options)
-    from sdvae.checkpoints.convert import convert
+    from sdvae.checkpoints.convert.run import convert
 
     report = convert(src, dst, **vars(chosen))
     if as_json:

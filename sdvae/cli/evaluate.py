@@ -18,7 +18,7 @@ from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_n
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
-    from sdvae.evaluation.result import EvaluationResult
+    from sdvae.report.result import EvaluationResult
 
 __all__ = ["evaluate_command", "print_result"]
 
@@ -197,9 +197,9 @@ def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Pro
 
 def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
     from sdvae.errors import SdvaeError
-    from sdvae.evaluation.metrics import find_metric_weights
     from sdvae.evaluation.protocol import SET_METRICS
     from sdvae.features.inception import find_inception_weights
+    from sdvae.metrics.table import find_metric_weights
 
     weights, given = {}, plan.options.weights_path
     for name in plan.protocol.metrics:

@@ -16,8 +16,8 @@ from sdvae.codec.reports import FileReason
 from sdvae.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from sdvae.evaluation.audit import Audit
-    from sdvae.evaluation.fix_fp16 import Fix
+    from sdvae.precision.audit import Audit
+    from sdvae.precision.fix import Fix
 
 __all__ = ["fix_fp16_command"]
 
@@ -80,8 +80,8 @@ def fix_fp16_command(
 
     from sdvae.checkpoints.read import read_checkpoint
     from sdvae.checkpoints.write import write_diffusers_folder
-    from sdvae.evaluation.fix_fp16 import fix_fp16
     from sdvae.model.device import choose_device
+    from sdvae.precision.fix import fix_fp16
 
     checkpoint = read_checkpoint(vae)
     if checkpoint.found.weights.resolve().is_relative_to(dst.resolve()):
@@ -131,8 +131,8 @@ def fix_fp16_command(
 
 def _holds(folder: Path, fix: Fix) -> bool:
     """Whether the folder is what this repair would write."""
+    from sdvae.checkpoints.convert.verify import full_config, same_bits
     from sdvae.checkpoints.read import read_checkpoint
-    from sdvae.checkpoints.verify_conversion import full_config, same_bits
 
     there = read_checkpoint(folder)
     is_same = there.notes == fix.notes and full_config(there.fields) == full_config(fix.fields)

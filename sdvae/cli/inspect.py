@@ -50,8 +50,8 @@ def _describe(ref: str) -> dict[str, Any]:
     from sdvae.checkpoints.describe import describe_vae
     from sdvae.checkpoints.hub import is_hub_id
     from sdvae.checkpoints.read import BUNDLED_NAME
-    from sdvae.codec.latent_header import is_latent_file
-    from sdvae.codec.manifest import MANIFEST_NAME
+    from sdvae.latents.header import is_latent_file
+    from sdvae.latents.manifest import MANIFEST_NAME
 
     path = Path(ref).expanduser()
     if not path.exists():
@@ -71,7 +71,7 @@ def _describe(ref: str) -> dict[str, Any]:
 
 
 def _describe_latent(path: Path) -> dict[str, Any]:
-    from sdvae.codec.latent_file import LatentFile
+    from sdvae.latents.safetensors import LatentFile
 
     file = LatentFile.read(path)
     tensors = {**file.tensors, "latents": file.latents()}
@@ -99,7 +99,7 @@ def _statistics(tensor: Any) -> dict[str, Any]:
 def _describe_cache(path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from sdvae.codec.manifest import read_manifest
+    from sdvae.latents.manifest import read_manifest
 
     manifest = read_manifest(path)
     settings = [asdict(each) for each in manifest.settings]

@@ -34,7 +34,7 @@ def push_command(
     The VAE is loaded first and must have a model card (`sdvae card`). Files go as they are, in one commit; nothing
     else in the folder is uploaded. Needs a token that may write: `hf auth login`.
     """
-    from sdvae.checkpoints.push import push
+    from sdvae.card.push import push
 
     report = push(vae, repo, private=private, message=message, create_pr=create_pr, dry_run=dry_run)
     if as_json:

@@ -16,11 +16,11 @@ from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
-    from sdvae.codec.contact_sheet import SheetRow
     from sdvae.codec.plan import Item
     from sdvae.codec.reports import FileReason
     from sdvae.codec.run import EncodeRun
-    from sdvae.data.sources import ImageFile
+    from sdvae.data.contact_sheet import SheetRow
+    from sdvae.data.sources.files import ImageFile
 
 __all__ = ["reconstruct_command"]
 
@@ -166,7 +166,7 @@ class ReconstructReport:
 
 def _sources(images: str | None, out: Path) -> list[ImageFile]:
     """The images, without those below the output folder: they come from an earlier run."""
-    from sdvae.data.sources import find_images
+    from sdvae.data.sources.files import find_images
 
     below = out.resolve()
     found = find_images(_PHOTOS if images is None else images)
@@ -221,10 +221,10 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
 
 def _measure(pairs: Sequence[tuple[Item, Item]], options: EncodeOptions) -> tuple[list[Reconstruction], list[SheetRow]]:
     """PSNR of each (encoded, decoded) pair, and the first rows of the contact sheet."""
-    from sdvae.codec.contact_sheet import MAX_ROWS, sheet_row
     from sdvae.codec.run import read_pixels
+    from sdvae.data.contact_sheet import MAX_ROWS, sheet_row
     from sdvae.data.images import image_to_x, read_image, x_to_image
-    from sdvae.evaluation.metrics import psnr
+    from sdvae.metrics.table import psnr
 
     images: list[Reconstruction] = []
     rows: list[SheetRow] = []
@@ -251,8 +251,8 @@ def _measure(pairs: Sequence[tuple[Item, Item]], options: EncodeOptions) -> tupl
 
 
 def _save_sheet(rows: Sequence[SheetRow], report: ReconstructReport) -> None:
-    from sdvae.codec.contact_sheet import contact_sheet
     from sdvae.codec.decoded_image import ImageMark, save_marked
+    from sdvae.data.contact_sheet import contact_sheet
 
     count = len(report.images)
     extent = f"{count} image{'s' if count > 1 else ''}" + (

@@ -29,9 +29,9 @@ def report_command(results: tuple[str, ...], out: Path | None, overwrite: bool) 
     """
     from sdvae.errors import OutputExistsError
     from sdvae.evaluation.compare import merge_results
-    from sdvae.evaluation.report import render_report
-    from sdvae.evaluation.result import load_result
     from sdvae.files import write_atomic
+    from sdvae.report.html import render_report
+    from sdvae.report.result import load_result
 
     paths = [Path(name) / "result.json" if Path(name).is_dir() else Path(name) for name in results]
     loaded = [load_result(path) for path in paths]

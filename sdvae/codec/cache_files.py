@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdvae.codec import kohya, parquet_cache, tar_cache
-from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, read_header
-from sdvae.codec.manifest import MANIFEST_NAME, find_part_manifests, manifest_format
 from sdvae.codec.options import SHARDED_FORMATS
-from sdvae.codec.parts import Part
 from sdvae.errors import ConfigError, LatentFileError
+from sdvae.latents import kohya
+from sdvae.latents import parquet as parquet_cache
+from sdvae.latents import webdataset as tar_cache
+from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, read_header
+from sdvae.latents.manifest import MANIFEST_NAME, find_part_manifests, manifest_format
+from sdvae.latents.parts import Part
 
 __all__ = ["check_output_folder", "find_cache_files", "part_of_shard", "read_headers", "shard_name"]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdvae.codec.cache_formats import TensorItem, encode_file, read_items
-from sdvae.codec.latent_file import check_finite
-from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.listing import ListedFile, list_file, shape_of
 from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.plan import Item
 from sdvae.files import write_atomic
+from sdvae.latents.header import LatentHeader
+from sdvae.latents.registry import TensorItem, encode_file, read_items
+from sdvae.latents.safetensors import check_finite
 
 __all__ = ["CacheWriter"]
 

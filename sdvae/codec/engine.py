@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.plan import Item, Plan, reason_without_path
 from sdvae.codec.reports import FileReason
-from sdvae.data.pipeline import WriteBehind, group_by_shape, read_ahead
+from sdvae.data.prefetch import WriteBehind, group_by_shape, read_ahead
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
+from sdvae.latents.header import LatentHeader
 
 __all__ = ["Member", "OnProgress", "Tally", "carry_out", "prepare_folder"]
 

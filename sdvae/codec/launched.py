@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from sdvae.codec.options import EncodeOptions, RunOptions
-from sdvae.codec.parts import Part
 from sdvae.errors import ConfigError, SdvaeError
+from sdvae.latents.parts import Part
 
 __all__ = ["Launched", "join_launched"]
 

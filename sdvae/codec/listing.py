@@ -16,10 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from sdvae.codec.cache_files import find_cache_files, part_of_shard, read_headers
-from sdvae.codec.cache_formats import read_items
-from sdvae.codec.kohya import without_size
-from sdvae.codec.latent_header import LatentHeader
-from sdvae.codec.manifest import (
+from sdvae.codec.options import SHARDED_FORMATS
+from sdvae.codec.plan import Plan
+from sdvae.errors import LatentFileError
+from sdvae.latents.header import LatentHeader
+from sdvae.latents.kohya import without_size
+from sdvae.latents.manifest import (
     MANIFEST_NAME,
     CacheSettings,
     Manifest,
@@ -30,10 +32,8 @@ from sdvae.codec.manifest import (
     read_manifest,
     write_manifest,
 )
-from sdvae.codec.options import SHARDED_FORMATS
-from sdvae.codec.parts import Part
-from sdvae.codec.plan import Plan
-from sdvae.errors import LatentFileError
+from sdvae.latents.parts import Part
+from sdvae.latents.registry import read_items
 
 __all__ = [
     "WITHDRAWN_NAME",

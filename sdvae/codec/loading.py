@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from sdvae.checkpoints.optimize import optimize
 from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_autoencoder
-from sdvae.codec.latent_header import VaeRecord
 from sdvae.codec.options import RunOptions
 from sdvae.errors import CheckpointError, ConfigError
+from sdvae.latents.header import VaeRecord
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
+from sdvae.model.optimize import optimize
 
 __all__ = ["LoadedVae", "VaeRef", "open_vae"]
 

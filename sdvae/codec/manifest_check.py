@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from sdvae.codec.latent_header import LatentHeader
-from sdvae.codec.manifest import CacheSettings, Manifest, ManifestFile
 from sdvae.codec.reencoding import StoredLatent, short_digest
-from sdvae.data.sources import file_digest
+from sdvae.data.sources.files import file_digest
+from sdvae.latents.header import LatentHeader
+from sdvae.latents.manifest import CacheSettings, Manifest, ManifestFile
 
 __all__ = ["bytes_differ", "common_settings", "item_differs", "settings_differ"]
 

@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 
 from sdvae.codec.cache_files import find_cache_files
 from sdvae.codec.listing import WITHDRAWN_NAME, list_files, read_lines, to_manifest, withdraw
-from sdvae.codec.manifest import (
+from sdvae.codec.options import SHARDED_FORMATS
+from sdvae.codec.reports import CodecReport, EncodeReport
+from sdvae.errors import ConfigError, SdvaeError
+from sdvae.latents.manifest import (
     MANIFEST_NAME,
     PartState,
     find_part_manifests,
@@ -18,10 +21,7 @@ from sdvae.codec.manifest import (
     read_part_state,
     write_manifest,
 )
-from sdvae.codec.options import SHARDED_FORMATS
-from sdvae.codec.parts import Part
-from sdvae.codec.reports import CodecReport, EncodeReport
-from sdvae.errors import ConfigError, SdvaeError
+from sdvae.latents.parts import Part
 
 __all__ = ["MergeReport", "join_reports", "merge_finished_parts", "merge_parts"]
 

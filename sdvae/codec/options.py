@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sdvae.codec.parts import Part
-from sdvae.data.pipeline import default_workers
+from sdvae.data.prefetch import default_workers
 from sdvae.errors import ConfigError
+from sdvae.latents.parts import Part
 
 __all__ = [
     "CACHE_FORMATS",

@@ -14,15 +14,15 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sdvae.codec import kohya
 from sdvae.codec.cache_files import check_output_folder, find_cache_files, part_of_shard, read_headers, shard_name
 from sdvae.codec.decoded_image import ImageMark, read_mark
-from sdvae.codec.latent_header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
 from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions, RunOptions
-from sdvae.codec.parts import Part
 from sdvae.data.images import EncodedImage
-from sdvae.data.sources import IMAGE_SUFFIXES, ImageFile, Member, os_reason
+from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, Member, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
+from sdvae.latents import kohya
+from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
+from sdvae.latents.parts import Part
 
 __all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdvae.codec.kohya import mirrored_key
-from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
-from sdvae.codec.manifest import CacheSettings
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import read_pixels
 from sdvae.data.images import image_to_x
-from sdvae.data.sources import ImageFile
+from sdvae.data.sources.files import ImageFile
 from sdvae.data.transforms import pad_to_multiple
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, MissingWeightsError
+from sdvae.latents.header import LatentHeader
+from sdvae.latents.kohya import mirrored_key
+from sdvae.latents.manifest import CacheSettings
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
 __all__ = ["COMPUTE_TOLERANCES", "Reencoding", "StoredLatent", "open_recorded_vae", "reencode", "short_digest"]

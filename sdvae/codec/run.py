@@ -19,15 +19,10 @@ from sdvae._version import __version__
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import Member, OnProgress, Tally, carry_out, prepare_folder
-from sdvae.codec.inputs import find_inputs
-from sdvae.codec.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
-from sdvae.codec.latent_file import LatentFile
-from sdvae.codec.latent_header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
 from sdvae.codec.listing import CacheListing, ListedFile
 from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
 from sdvae.codec.merging import merge_finished_parts
 from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
-from sdvae.codec.parquet_cache import check_installed
 from sdvae.codec.plan import Item, LatentSource, Plan, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
 from sdvae.codec.reports import DecodeReport, EncodeReport
 from sdvae.data.images import (
@@ -39,9 +34,14 @@ from sdvae.data.images import (
     read_image_bytes,
     x_to_image,
 )
-from sdvae.data.sources import ImageFile
+from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.find import find_inputs
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop, unpad
 from sdvae.errors import ConfigError, ImageError, LatentFileError
+from sdvae.latents.header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
+from sdvae.latents.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
+from sdvae.latents.parquet import check_installed
+from sdvae.latents.safetensors import LatentFile
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
 __all__ = ["DecodeRun", "EncodeRun", "ImageEncoder", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
@@ -198,7 +198,7 @@ class EncodeRun:
         written: takes the files that were written, also where this raises.
         """
         if self._on_ray:
-            from sdvae.codec.ray_engine import encode_on_ray
+            from sdvae.codec.ray import encode_on_ray
 
             return encode_on_ray(self.plan, self.out, self.options, self._ref, self.vae.record, written, on_progress)
         writer = CacheWriter(self.out, self.options.format, self.plan.jobs, written)
@@ -413,7 +413,7 @@ def decode_folder(
 
 def _check_ray(vae: VaeRef) -> None:
     """Raises: ConfigError where Ray is not installed, or its workers could not load the VAE."""
-    from sdvae.codec.ray_engine import check_installed
+    from sdvae.codec.ray import check_installed
 
     check_installed()
     if vae is not None and not isinstance(vae, (str, Path)):

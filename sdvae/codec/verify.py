@@ -17,14 +17,20 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from sdvae.codec import kohya
 from sdvae.codec.cache_files import find_cache_files, read_headers
-from sdvae.codec.cache_formats import read_items
-from sdvae.codec.inputs import ImagesByKey
-from sdvae.codec.kohya_check import trainer_problems
-from sdvae.codec.latent_header import LatentHeader
 from sdvae.codec.loading import LoadedVae, VaeRef
-from sdvae.codec.manifest import (
+from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
+from sdvae.codec.options import CACHE_FORMATS
+from sdvae.codec.plan import reason_without_path
+from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
+from sdvae.codec.verify_report import Problem, VerifyReport
+from sdvae.data.images import PREPROCESSING_VERSION
+from sdvae.data.sources.find import ImagesByKey
+from sdvae.errors import ConfigError, ImageError, LatentFileError
+from sdvae.latents import kohya
+from sdvae.latents.header import LatentHeader
+from sdvae.latents.kohya_check import trainer_problems
+from sdvae.latents.manifest import (
     MANIFEST_NAME,
     CacheSettings,
     Manifest,
@@ -32,13 +38,7 @@ from sdvae.codec.manifest import (
     find_part_manifests,
     read_manifest,
 )
-from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
-from sdvae.codec.options import CACHE_FORMATS
-from sdvae.codec.plan import reason_without_path
-from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
-from sdvae.codec.verify_report import Problem, VerifyReport
-from sdvae.data.images import PREPROCESSING_VERSION
-from sdvae.errors import ConfigError, ImageError, LatentFileError
+from sdvae.latents.registry import read_items
 
 __all__ = ["Problem", "VerifyReport", "verify_cache"]
 

@@ -4,7 +4,7 @@ What is read: all that Pillow reads, but for EPS (reading it starts Ghostscript)
 the first frame or page is decoded in full, strictly; EXIF orientation is applied; palettes and gray become RGB; an
 embedded colour profile is converted to sRGB; transparency is composited over a stated background.
 What is left alone: gamma and chromaticity chunks of PNG, HDR gain maps, further frames. Finding files and changing
-sizes are elsewhere (sources.py, transforms.py). torch is imported only where a tensor is made.
+sizes are elsewhere (sources/, transforms.py). torch is imported only where a tensor is made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
-from sdvae.data.sources import os_reason
+from sdvae.data.sources.files import os_reason
 from sdvae.errors import ConfigError, ImageError, SdvaeError
 
 if TYPE_CHECKING:

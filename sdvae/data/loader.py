@@ -8,7 +8,7 @@ has shards of its own and a position in them; that of all workers travels with t
 workers and devices continues at the right sample.
 
 Damaged and too small images are left out, and others take their places: batches are always full.
-Where images are stored is the business of images.py, hf_datasets.py and shards.py.
+Where images are stored is the business of images.py, sources/datasets.py and sources/shards.py.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sdvae.evaluation.bootstrap import Floats, mean_intervals
 from sdvae.evaluation.protocol import METRIC_NAMES
-from sdvae.evaluation.result import EvaluationResult
+from sdvae.metrics.bootstrap import Floats, mean_intervals
+from sdvae.report.result import EvaluationResult
 
 __all__ = ["MIN_PAIRS", "merge_results", "paired_differences", "set_differences", "slice_summaries", "summarise"]
 

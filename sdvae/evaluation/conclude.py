@@ -17,20 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from sdvae._version import __version__
+from sdvae.checkpoints.subject import Subject
 from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared, blocks_of, prepare, slice_of, stand_digest
-from sdvae.evaluation.latents import LatentHealth
-from sdvae.evaluation.metrics import IMAGE_METRICS
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
-from sdvae.evaluation.result import EvaluationResult
 from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
 from sdvae.evaluation.setup import Setup
-from sdvae.evaluation.stress import run_stress
-from sdvae.evaluation.subject import Subject
+from sdvae.evaluation.stress.run import run_stress
 from sdvae.evaluation.swap import swap_obstacle
+from sdvae.metrics.latent_health import LatentHealth
+from sdvae.metrics.table import IMAGE_METRICS
+from sdvae.report.result import EvaluationResult
 
 __all__ = ["conclude"]
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sdvae.checkpoints.subject import Subject, round_to_8_bits
 from sdvae.evaluation.images import Prepared
-from sdvae.evaluation.metrics import IMAGE_METRICS
 from sdvae.evaluation.protocol import Protocol
-from sdvae.evaluation.subject import Subject, round_to_8_bits
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.posterior import image_generator
 
 __all__ = ["MAX_PICTURE_PX", "choose_gallery", "gallery_entry"]

@@ -23,7 +23,7 @@ from typing import Any
 
 from sdvae.errors import ConfigError
 from sdvae.evaluation.protocol import METRIC_NAMES, SET_METRICS
-from sdvae.evaluation.result import EvaluationResult
+from sdvae.report.result import EvaluationResult
 
 __all__ = ["Gate", "check_gates", "gate_needs", "parse_gate"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.data.images import image_to_x, read_image_bytes, x_to_image
-from sdvae.data.sources import ImageFile, os_reason
+from sdvae.data.sources.files import ImageFile, os_reason
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ImageError
 from sdvae.evaluation.protocol import Protocol

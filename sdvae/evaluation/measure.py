@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.data.pipeline import group_by_shape
+from sdvae.checkpoints.subject import Encoding, Subject, round_to_8_bits
+from sdvae.data.prefetch import group_by_shape
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
-from sdvae.evaluation.latents import LatentHealth
-from sdvae.evaluation.metrics import IMAGE_METRICS
 from sdvae.evaluation.protocol import CORE_METRICS, Protocol
-from sdvae.evaluation.subject import Encoding, Subject, round_to_8_bits
 from sdvae.evaluation.swap import SwapTest
+from sdvae.metrics.latent_health import LatentHealth
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import batch_pixels
 from sdvae.model.posterior import image_generator
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sdvae.errors import ConfigError, MissingWeightsError, SdvaeError
-from sdvae.evaluation.metrics import build_metric
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import SET_METRICS, Protocol
 from sdvae.features.inception import build_inception
+from sdvae.metrics.table import build_metric
 
 __all__ = ["Networks", "build_networks"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdvae.data.sources import ImageFile, find_images
+from sdvae.data.sources.files import ImageFile, find_images
 from sdvae.errors import ConfigError
 from sdvae.evaluation.blocks import ORIGINALS
 from sdvae.evaluation.gates import Gate, gate_needs, parse_gate

@@ -15,7 +15,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from sdvae.data.pipeline import default_workers, read_ahead
+from sdvae.data.prefetch import default_workers, read_ahead
 from sdvae.errors import ConfigError, OutputExistsError, SdvaeError
 from sdvae.evaluation.blocks import BlockStore
 from sdvae.evaluation.conclude import conclude
@@ -26,12 +26,12 @@ from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import REPORT_NAME, RESULT_NAME, TABLE_STEM, EvaluationPlan, plan_evaluation
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.published import published_rows
-from sdvae.evaluation.report import render_report
-from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.evaluation.setup import Setup, set_up
-from sdvae.evaluation.tables import csv_bytes, parquet_bytes
 from sdvae.files import remove_leftovers, write_atomic
 from sdvae.model.device import exact_float32
+from sdvae.report.html import render_report
+from sdvae.report.result import EvaluationResult, load_result
+from sdvae.report.tables import csv_bytes, parquet_bytes
 
 __all__ = ["evaluate", "run_evaluation"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.evaluation.blocks import ORIGINALS, BlockStore
-from sdvae.evaluation.fid import FeatureMoments, FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
 from sdvae.evaluation.protocol import Protocol
 from sdvae.files import write_atomic
+from sdvae.metrics.fid import FeatureMoments, FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
 
 __all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "measure_sets", "moments_of", "write_statistics"]
 

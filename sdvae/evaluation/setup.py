@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from sdvae._version import __version__
-from sdvae.evaluation.fid import FeatureStatistics, load_statistics
+from sdvae.checkpoints.subject import Subject, open_subject
 from sdvae.evaluation.images import stand_digest
 from sdvae.evaluation.networks import Networks, build_networks
 from sdvae.evaluation.plan import EvaluationPlan
 from sdvae.evaluation.processes import Processes, join_processes
-from sdvae.evaluation.subject import Subject, open_subject
 from sdvae.evaluation.swap import SwapTest, swap_obstacle
+from sdvae.metrics.fid import FeatureStatistics, load_statistics
 
 __all__ = ["Setup", "set_up"]
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.evaluation.latents import PairMoments
-from sdvae.evaluation.metrics import IMAGE_METRICS
-from sdvae.evaluation.subject import Encoding, Subject, round_to_8_bits
+from sdvae.checkpoints.subject import Encoding, Subject, round_to_8_bits
+from sdvae.metrics.latent_health import PairMoments
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.posterior import DiagonalGaussian
 
 __all__ = ["SwapTest", "swap_obstacle"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.errors import ConfigError
-from sdvae.model.execution import TILING_MODES, execute
 from sdvae.model.layers import Decoder, Encoder
 from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.strips.policy import TILING_MODES, execute
 from sdvae.model.tiling import blended_tiles
 
 ensure_torchvision_importable()

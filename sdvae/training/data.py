@@ -8,11 +8,11 @@ from itertools import islice
 
 from torch.utils.data import Subset
 
-from sdvae.data.hf_datasets import open_dataset
 from sdvae.data.images import EncodedImage
 from sdvae.data.loader import IndexedData, IndexedImages, ShardedImages, StreamedData, TrainingData
-from sdvae.data.shards import TarShards, find_shards
-from sdvae.data.sources import find_images
+from sdvae.data.sources.datasets import open_dataset
+from sdvae.data.sources.files import find_images
+from sdvae.data.sources.shards import TarShards, find_shards
 from sdvae.data.transforms import RandomCrop
 from sdvae.errors import ConfigError, ImageError, TrainingError
 from sdvae.training.config import DataConfig

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from sdvae._version import __version__
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
-from sdvae.codec.contact_sheet import contact_sheet
 from sdvae.config import config_to_dict, dump_config, read_config
+from sdvae.data.contact_sheet import contact_sheet
 from sdvae.data.images import save_image
 from sdvae.data.loader import Batch
 from sdvae.errors import ConfigError, OutputExistsError, TrainingError, TrainingInterrupted
-from sdvae.evaluation.latents import LatentStatistics
 from sdvae.features.lpips import LPIPS
+from sdvae.metrics.latent_health import LatentStatistics
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.training.build import (
     autoencoder_of_checkpoint,
@@ -49,12 +49,14 @@ from sdvae.training.build import (
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import UnreadableGuard, open_data
 from sdvae.training.discriminator import DiscriminatorModule, NLayerDiscriminator
-from sdvae.training.display import Display
 from sdvae.training.ema import EMA
 from sdvae.training.equivariance import draw_transform
-from sdvae.training.health import HealthMonitor
 from sdvae.training.interruption import StopRequest, stop_on_signals
 from sdvae.training.losses import LeCam
+from sdvae.training.monitoring.display import Display
+from sdvae.training.monitoring.health import HealthMonitor
+from sdvae.training.monitoring.trackers import flat_config, log_picture, resolve_trackers
+from sdvae.training.monitoring.validation import Validator
 from sdvae.training.state import Progress, checkpoint_dirs, load_checkpoint, save_checkpoint
 from sdvae.training.step import (
     Adversary,
@@ -66,8 +68,6 @@ from sdvae.training.step import (
     lr_at,
     select_trained,
 )
-from sdvae.training.trackers import flat_config, log_picture, resolve_trackers
-from sdvae.training.validation import Validator
 
 __all__ = ["TrainResult", "train"]
 

@@ -11,8 +11,8 @@ from sdvae.training.build import require_perceptual, require_sizes, starting_aut
 from sdvae.training.config import TrainConfig
 from sdvae.training.data import open_data
 from sdvae.training.memory import MemoryEstimate, estimate_memory
+from sdvae.training.monitoring.trackers import resolve_trackers
 from sdvae.training.step import select_trained
-from sdvae.training.trackers import resolve_trackers
 
 __all__ = ["TrainPlan", "plan_training"]
 

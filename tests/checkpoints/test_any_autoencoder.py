@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
-from sdvae.checkpoints.convert import convert
+from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path
 from sdvae.errors import CheckpointError, MissingWeightsError
 from sdvae.model.autoencoder import AutoencoderKL

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from sdvae.calibration.measure import calibrate
 from sdvae.cli.main import cli
-from sdvae.evaluation.calibrate import calibrate
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 MakeVae = Callable[..., Path]

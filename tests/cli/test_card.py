@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from sdvae.cli.main import cli
-from sdvae.evaluation.result import load_result
+from sdvae.report.result import load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 MakeVae = Callable[..., Path]

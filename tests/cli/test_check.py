@@ -18,8 +18,8 @@ from sdvae.checkpoints import write
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.data.images import image_to_x, read_image
-from sdvae.evaluation import fix_fp16 as fixing
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.precision import fix as fixing
 
 SMALL = ("--size", "32", "--limit", "2", "--probe-size", "32")
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from sdvae.checkpoints.convert import convert
+from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli

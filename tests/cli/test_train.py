@@ -18,7 +18,7 @@ from sdvae.checkpoints.store import load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.config import config_to_dict, read_config
 from sdvae.training.config import TrainConfig
-from sdvae.training.trackers import TRACKERS
+from sdvae.training.monitoring.trackers import TRACKERS
 
 Settings = dict[str, Any]
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "json-output.md"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.run import encode_folder
 from sdvae.files import _host
+from sdvae.latents.safetensors import LatentFile
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdvae.codec.latent_file import LatentFile
 from sdvae.codec.loading import open_vae
 from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions, parse_bytes
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError
+from sdvae.latents.safetensors import LatentFile
 
 
 @pytest.fixture

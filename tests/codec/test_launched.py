@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from sdvae.codec.launched import join_launched
-from sdvae.codec.manifest import read_manifest
 from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError
+from sdvae.latents.manifest import read_manifest
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 ROOT = Path(__file__).parents[2]

@@ -17,16 +17,16 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from sdvae.checkpoints.rewrite import latents_affine
+from sdvae.checkpoints.rewrite.fold_scale import latents_affine
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.codec.decoded_image import read_mark
-from sdvae.codec.latent_file import LatentFile
-from sdvae.codec.latent_header import read_header
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder, read_pixels
 from sdvae.codec.verify import verify_cache
 from sdvae.data.images import JPEG_MARGIN, image_to_x, read_image, x_to_image
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
+from sdvae.latents.header import read_header
+from sdvae.latents.safetensors import LatentFile
 from sdvae.model.autoencoder import AutoencoderKL
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]

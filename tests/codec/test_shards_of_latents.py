@@ -21,13 +21,13 @@ import pytest
 import torch
 
 from sdvae.codec.cache_files import find_cache_files, read_headers
-from sdvae.codec.cache_formats import read_items
-from sdvae.codec.latent_file import LatentFile
-from sdvae.codec.manifest import read_manifest
 from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
 from sdvae.codec.run import EncodeRun, encode_folder
-from sdvae.codec.tar_cache import escape_key
 from sdvae.errors import ConfigError, LatentFileError, SdvaeError
+from sdvae.latents.manifest import read_manifest
+from sdvae.latents.registry import read_items
+from sdvae.latents.safetensors import LatentFile
+from sdvae.latents.webdataset import escape_key
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 

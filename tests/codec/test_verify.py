@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
-from sdvae.codec.cache_formats import encode_file, read_items
-from sdvae.codec.latent_file import LatentFile
-from sdvae.codec.manifest import MANIFEST_NAME
 from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
 from sdvae.errors import CheckpointError, ConfigError, SdvaeError
+from sdvae.latents.manifest import MANIFEST_NAME
+from sdvae.latents.registry import encode_file, read_items
+from sdvae.latents.safetensors import LatentFile
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")

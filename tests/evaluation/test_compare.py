@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdvae.evaluation.bootstrap import Floats, mean_intervals
 from sdvae.evaluation.compare import (
     MIN_PAIRS,
     merge_results,
@@ -20,7 +19,8 @@ from sdvae.evaluation.compare import (
     summarise,
 )
 from sdvae.evaluation.protocol import Protocol
-from sdvae.evaluation.result import EvaluationResult
+from sdvae.metrics.bootstrap import Floats, mean_intervals
+from sdvae.report.result import EvaluationResult
 
 PSNR = {"name": "psnr", "kind": "image", "better": "higher", "target": None}
 SSIM = {"name": "ssim", "kind": "image", "better": "higher", "target": None}

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.evaluation.gallery import MAX_PICTURE_PX, choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.protocol import PRESETS
-from sdvae.evaluation.subject import Subject, open_subject, round_to_8_bits
 from sdvae.model.posterior import image_generator
 
 NUM = 100

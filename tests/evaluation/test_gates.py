@@ -8,7 +8,7 @@ import pytest
 
 from sdvae.errors import ConfigError
 from sdvae.evaluation.gates import check_gates, gate_needs, parse_gate
-from sdvae.evaluation.result import EvaluationResult
+from sdvae.report.result import EvaluationResult
 
 METRICS = [
     {"name": "psnr", "kind": "image", "unit": "dB", "better": "higher", "target": None},

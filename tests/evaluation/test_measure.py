@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.measure import Measurement
-from sdvae.evaluation.metrics import build_metric
 from sdvae.evaluation.protocol import PRESETS
-from sdvae.evaluation.subject import Subject, open_subject, round_to_8_bits
 from sdvae.evaluation.swap import SwapTest
 from sdvae.features.lpips import LPIPS
+from sdvae.metrics.table import build_metric
 
 # Height, width: three shapes that alternate, one of them smaller than a window of SSIM.
 SHAPES = ((40, 40), (24, 33), (40, 40), (9, 12), (40, 40), (24, 33), (40, 40))

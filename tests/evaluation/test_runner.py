@@ -21,20 +21,20 @@ import torch
 from PIL import Image
 
 from sdvae import files
+from sdvae.checkpoints.subject import open_subject
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
-from sdvae.data.sources import find_images
+from sdvae.data.sources.files import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
 from sdvae.evaluation import blocks, compare, conclude, images, runner
-from sdvae.evaluation.fid import load_statistics
-from sdvae.evaluation.metrics import IMAGE_METRICS, psnr
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.processes import Processes
 from sdvae.evaluation.protocol import PRESETS, Protocol
-from sdvae.evaluation.result import EvaluationResult, load_result
 from sdvae.evaluation.runner import evaluate
-from sdvae.evaluation.stress import run_stress
-from sdvae.evaluation.subject import open_subject
+from sdvae.evaluation.stress.run import run_stress
+from sdvae.metrics.fid import load_statistics
+from sdvae.metrics.table import IMAGE_METRICS, psnr
+from sdvae.report.result import EvaluationResult, load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 

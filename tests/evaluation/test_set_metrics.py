@@ -13,9 +13,9 @@ from scipy import linalg
 
 from sdvae.evaluation import set_metrics
 from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
-from sdvae.evaluation.fid import FeatureMoments, frechet_distance, kernel_distance, load_statistics
 from sdvae.evaluation.protocol import PRESETS
 from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
+from sdvae.metrics.fid import FeatureMoments, frechet_distance, kernel_distance, load_statistics
 
 WIDTH = 6
 PROTOCOL = replace(PRESETS["native"], metrics=("psnr", "rfid", "kid"), seed=3)

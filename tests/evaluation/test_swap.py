@@ -17,10 +17,10 @@ from torch import Tensor
 
 import sdvae
 from sdvae.checkpoints.store import load_autoencoder
+from sdvae.checkpoints.subject import Encoding, Subject, open_subject, round_to_8_bits
 from sdvae.data.images import read_image
-from sdvae.evaluation.metrics import IMAGE_METRICS
-from sdvae.evaluation.subject import Encoding, Subject, open_subject, round_to_8_bits
 from sdvae.evaluation.swap import SwapTest, _sentence, _verdict, swap_obstacle
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
 
-from sdvae.model import rows, streaming
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.strips import maps as rows
+from sdvae.model.strips import passes as streaming
 
 
 class Pair(NamedTuple):

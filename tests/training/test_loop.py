@@ -27,7 +27,7 @@ from sdvae.training.build import build_autoencoder
 from sdvae.training.config import EquivarianceConfig, LatentNoiseConfig, LogvarConfig, PerceptualConfig, TrainConfig
 from sdvae.training.data import open_data
 from sdvae.training.loop import train
-from sdvae.training.validation import Validator
+from sdvae.training.monitoring.validation import Validator
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

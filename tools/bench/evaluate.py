@@ -52,16 +52,16 @@ from torch.utils.data import DataLoader, Dataset
 from common import by_turns, call_child, cpu_name, num_cores, peak_bytes, reset_peak, versions, with_range
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints.store import bundled_path
-from sdvae.data.sources import find_images
+from sdvae.checkpoints.subject import open_subject, round_to_8_bits
+from sdvae.data.sources.files import find_images
 from sdvae.evaluation.images import prepare
-from sdvae.evaluation.metrics import build_metric
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import plan_evaluation
 from sdvae.evaluation.protocol import Protocol
 from sdvae.evaluation.runner import run_evaluation
-from sdvae.evaluation.subject import open_subject, round_to_8_bits
 from sdvae.features.inception import NUM_FEATURES, InceptionFeatures, build_inception
 from sdvae.features.weights import find_weights, load_weights
+from sdvae.metrics.table import build_metric
 
 ensure_torchvision_importable()  # before diffusers and torchmetrics
 

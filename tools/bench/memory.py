@@ -52,8 +52,8 @@ from common import (
     with_range,
     write_json,
 )
-from sdvae.checkpoints.optimize import optimize
 from sdvae.codec.options import parse_bytes
+from sdvae.model.optimize import optimize
 
 STOCK = ("diffusers", "diffusers-tiled")
 

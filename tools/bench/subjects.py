@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from common import DTYPES, build_vae, run_vae
-from sdvae.checkpoints.onnx import export_onnx
-from sdvae.checkpoints.optimize import optimize
+from sdvae.checkpoints.convert.onnx import export_onnx
 from sdvae.model.autoencoder import AutoencoderKL  # before diffusers, for torchvision's sake
+from sdvae.model.optimize import optimize
 
 Run = Callable[[Tensor], Tensor]
 

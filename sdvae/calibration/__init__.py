@@ -1,0 +1,1 @@
+"""scaling_factor and channel statistics."""

@@ -1,0 +1,290 @@
+"""Measures scaling_factor, shift_factor, latents_mean and latents_std of a VAE over a set of images.
+
+Left out: anything that changes the weights; `checkpoints/rewrite/fold_scale.py` folds a scale into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sdvae.calibration.result import Calibration, Failure, Present
+from sdvae.checkpoints.subject import Encoding, Subject, open_subject
+from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
+from sdvae.data.prefetch import default_workers, group_by_shape, read_ahead
+from sdvae.data.sources.files import ImageFile, find_images, os_reason
+from sdvae.data.transforms import resize_and_crop
+from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError
+from sdvae.evaluation.images import choose_images
+from sdvae.metrics.moments import LatentMoments
+from sdvae.model.device import batch_pixels, choose_device, exact_float32
+
+__all__ = ["CalibrateOptions", "calibrate"]
+
+Array = NDArray[np.float64]
+OnProgress = Callable[[int, int], None]  # images done or failed so far, images to do
+
+_CHOICES = {
+    "crop": ("none", "center"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """How images become z, and where."""
+
+    size: int | None = None  # length of the short side in px after resizing; None: as it is
+    crop: str = "none"  # center: cut the resized image to size x size
+    background: str = "white"  # colour under transparent pixels
+    max_pixels: int | None = None  # larger images are refused; None: the limit of `read_image`
+    max_images: int | None = None  # evenly spaced over the sorted names; None: all
+    device: str = "auto"
+    dtype: str = "float32"  # of the computation
+    batch_size: int | None = None  # images of one size that go through the VAE together; None: what suits the device
+    workers: int | None = None  # threads that read; None: one per core, at most 8
+
+    def __post_init__(self) -> None:
+        for name in ("size", "max_pixels", "max_images", "batch_size", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected 1 or more")
+        for name, known in _CHOICES.items():
+            if (choice := getattr(self, name)) not in known:
+                raise ConfigError(f"{name} is '{choice}'; expected one of {', '.join(known)}")
+        if self.crop != "none" and self.size is None:
+            raise ConfigError(f"crop is '{self.crop}', but no size is given; give both, for example size 512")
+
+    @property
+    def num_workers(self) -> int:
+        return default_workers() if self.workers is None else self.workers
+
+    def protocol(self) -> dict[str, Any]:
+        """Every choice that changes a number beyond rounding, besides the images."""
+        return {
+            "size": self.size,
+            "crop": self.crop,
+            "background": self.background,
+            "dtype": self.dtype,
+            "preprocessing_version": PREPROCESSING_VERSION,
+            "padding": "edges repeated to the VAE's multiple",
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    file: ImageFile
+    x: Tensor  # (3, H, W)
+    digest: str
+
+
+@dataclass
+class _Tally:
+    """What happened so far."""
+
+    on_progress: OnProgress
+    total: int
+    done: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    failures: list[Failure] = field(default_factory=list)
+
+    def succeed(self, count: int) -> None:
+        self.done += count
+        self.on_progress(self.done + len(self.failures), self.total)
+
+    def fail(self, file: ImageFile, error: Exception | str) -> None:
+        reason = os_reason(error) if isinstance(error, OSError) else str(error)
+        reason = reason.removeprefix(f"{file.path}: ")
+        self.failures.append(Failure(key=file.key, source=str(file.path), reason=reason))
+        self.on_progress(self.done + len(self.failures), self.total)
+
+    def readable(self, loaded: Iterable[tuple[ImageFile, _Loaded | Exception]]) -> Iterator[_Loaded]:
+        for file, result in loaded:
+            if isinstance(result, Exception):
+                self.fail(file, result)
+            else:
+                # as `folder_digest` has it for a folder without failures
+                self.digest.update(f"{file.key}\0sha256:{result.digest}\n".encode(errors="surrogateescape"))
+                yield result
+
+
+def calibrate(
+    vae: str | Path | nn.Module | None,
+    images: str | Path | Sequence[ImageFile],
+    *,
+    size: int | None = CalibrateOptions.size,
+    crop: str = CalibrateOptions.crop,
+    background: str = CalibrateOptions.background,
+    max_pixels: int | None = CalibrateOptions.max_pixels,
+    max_images: int | None = CalibrateOptions.max_images,
+    device: str = CalibrateOptions.device,
+    dtype: str = CalibrateOptions.dtype,
+    batch_size: int | None = CalibrateOptions.batch_size,
+    workers: int | None = CalibrateOptions.workers,
+    on_progress: OnProgress | None = None,
+) -> Calibration:
+    """Measure the scale of a VAE's latents over images. Nothing is written: `write_calibration` does that.
+
+    vae: a folder, a file or a hub id of any diffusers autoencoder of images; None for the bundled one; or a model.
+    images: a folder, a file, a glob or a .txt list, or what `find_images` returned; of any sizes, padded as encoding
+        does it. The options are those of `CalibrateOptions`. Images that fail are recorded, and the rest goes on.
+    Raises: ConfigError for images or options that cannot be; CheckpointError for the VAE, also where its latents do
+        not vary; ImageError where not one image could be used.
+    """
+    options = CalibrateOptions(
+        size=size,
+        crop=crop,
+        background=background,
+        max_pixels=max_pixels,
+        max_images=max_images,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    found = find_images(images) if isinstance(images, (str, Path)) else list(images)
+    files = choose_images(found, options.max_images)
+    subject = open_subject(vae, choose_device(options.device), getattr(torch, options.dtype))
+    started = time.perf_counter()
+    tally = _Tally(on_progress or (lambda finished, total: None), len(files))
+    moments, has_posterior, warnings = _measure(subject, files, options, tally)
+    if not moments.num_images:
+        first = f": {tally.failures[0].key}: {tally.failures[0].reason}" if tally.failures else ""
+        raise ImageError(f"{images}: none of {len(files)} images could be used{first}")
+    if not moments.varies.any():
+        raise CheckpointError(f"{subject.ref}: its latents are the same everywhere, so no scale makes their std 1")
+    return Calibration(
+        vae=subject.ref,
+        vae_digest=subject.digest,
+        class_name=subject.class_name,
+        source=str(images) if isinstance(images, (str, Path)) else f"{len(found)} files",
+        num_found=len(found),
+        num_images=moments.num_images,
+        num_effective=moments.num_effective,
+        num_positions=moments.num_positions,
+        images_digest=f"sha256:{tally.digest.hexdigest()}",
+        protocol=options.protocol(),
+        device=str(subject.device),
+        scaling_factor=moments.scaling_factor(),
+        shift_factor=moments.common_mean(),
+        scaling_factor_of_modes=moments.scaling_factor(of_modes=True) if has_posterior else None,
+        channels=tuple(moments.channel(index) for index in range(moments.latent_channels)),
+        present=_present(subject, moments),
+        warnings=tuple(warnings),
+        failures=tuple(sorted(tally.failures, key=lambda failure: failure.key)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _present(subject: Subject, moments: LatentMoments) -> Present:
+    scale: Array | float = subject.scaling_factor
+    shift: Array | float = subject.shift_factor or 0.0
+    if subject.latents_mean is not None and subject.latents_std is not None:
+        scale, shift = scale / np.asarray(subject.latents_std), np.asarray(subject.latents_mean)
+    return Present(
+        scaling_factor=subject.scaling_factor,
+        shift_factor=subject.shift_factor,
+        latents_mean=subject.latents_mean,
+        latents_std=subject.latents_std,
+        std=moments.std(scale, shift),
+        mean=moments.common_mean(scale, shift),
+    )
+
+
+def _measure(
+    subject: Subject, files: Sequence[ImageFile], options: CalibrateOptions, tally: _Tally
+) -> tuple[LatentMoments, bool, list[str]]:
+    """Returns: the moments, whether there were posteriors, and warnings about the run."""
+    moments = LatentMoments(subject.latent_channels)
+    has_posterior = False
+    encode = _Encoder(subject)
+    loaded = read_ahead(files, lambda file: _read(file, options), _pixels, options.num_workers)
+    with closing(loaded), exact_float32(), torch.inference_mode():
+        for batch in group_by_shape(
+            tally.readable(loaded), lambda each: each.x.shape, _pixels, options.batch_size, batch_pixels(subject.device)
+        ):
+            for members, result in encode(batch):
+                if isinstance(result, Exception):
+                    tally.fail(members[0].file, result)
+                    continue
+                finite = _finite(result)
+                for member, is_finite in zip(members, finite.tolist(), strict=True):
+                    if not is_finite:
+                        tally.fail(member.file, f"its latents are not finite in {options.dtype}")
+                has_posterior = result.posterior is not None
+                if finite.any():
+                    moments.update(*_mean_and_var(result, finite))
+                tally.succeed(int(finite.sum()))
+    return moments, has_posterior, encode.warnings
+
+
+def _read(file: ImageFile, options: CalibrateOptions) -> _Loaded:
+    data = file.path.read_bytes()
+    limit = options.max_pixels or DEFAULT_MAX_PIXELS
+    pixels = read_image_bytes(data, str(file.path), background=options.background, max_pixels=limit).pixels
+    if options.size is not None:
+        pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
+    return _Loaded(file, image_to_x(pixels), hashlib.sha256(data).hexdigest())
+
+
+def _pixels(loaded: _Loaded) -> int:
+    return loaded.x.shape[1] * loaded.x.shape[2]
+
+
+class _Encoder:
+    """Encodes batches; one that fails is tried again image by image, so that only the bad ones are lost."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._singly = False  # once memory ran out, the next large batch would only fail again
+        self.warnings: list[str] = []
+
+    def __call__(self, batch: Sequence[_Loaded]) -> Iterator[tuple[Sequence[_Loaded], Encoding | Exception]]:
+        if len(batch) > 1 and not self._singly:
+            try:
+                yield batch, self._encode(batch)
+                return
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                self._singly = True
+                self.warnings.append(f"a batch of {len(batch)} failed, so went on image by image: {_first_line(error)}")
+            if torch.cuda.is_available():  # here the exception is gone, whose frames hold the tensors of the batch
+                torch.cuda.empty_cache()
+        for member in batch:
+            try:
+                result: Encoding | Exception = self._encode([member])
+            except RuntimeError as error:
+                height, width = member.x.shape[1:]
+                result = SdvaeError(f"the VAE failed at {width} x {height} px: {_first_line(error)}")
+            yield [member], result
+
+    def _encode(self, batch: Sequence[_Loaded]) -> Encoding:
+        return self._subject.encode(torch.stack([member.x for member in batch]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _finite(encoding: Encoding) -> Tensor:
+    """Whether all of an image's latents are finite. Returns: (B,), bool."""
+    finite = encoding.z.isfinite().flatten(1).all(dim=1)
+    if encoding.posterior is not None:
+        finite &= encoding.posterior.logvar.isfinite().flatten(1).all(dim=1)
+    return finite.cpu()
+
+
+def _mean_and_var(encoding: Encoding, rows: Tensor) -> tuple[Array, Array | None]:
+    mean = encoding.z.cpu().double()[rows].numpy()  # (B, C, h, w)
+    if encoding.posterior is None:
+        return mean, None
+    return mean, encoding.posterior.logvar.cpu().double()[rows].exp().numpy()

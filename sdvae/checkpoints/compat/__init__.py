@@ -1,0 +1,1 @@
+"""What each program that takes a VAE needs."""

@@ -1,0 +1,1 @@
+"""Conversion: any VAE to diffusers, LDM, ONNX or into a pipeline."""

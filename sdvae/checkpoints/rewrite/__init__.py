@@ -1,0 +1,1 @@
+"""Weights changed, function kept."""

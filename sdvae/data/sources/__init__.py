@@ -1,0 +1,1 @@
+"""What IMAGES may be: files, tar shards, datasets."""

@@ -1,0 +1,1 @@
+"""Latent files and caches."""

@@ -1,0 +1,116 @@
+"""One latent on disk: the posterior (mean and logvar) or one z, and the header that says where it comes from.
+
+Everything stored is z space, never scaled; `LatentFile.latents` scales. docs/latent-files.md describes the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sdvae.errors import LatentFileError
+from sdvae.files import write_atomic
+from sdvae.latents.header import LatentHeader, read_header
+
+__all__ = ["LatentFile", "check_finite", "check_tensors"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentFile:
+    """A latent with its header.
+
+    tensors: `mean` and `logvar`, or `z`, by `header.space`; each (C, h, w), float16 or float32, on the CPU.
+    """
+
+    header: LatentHeader
+    tensors: Mapping[str, Tensor]
+
+    def z(self, generator: torch.Generator | None = None) -> Tensor:
+        """z, not scaled: what the VAE decodes.
+
+        generator: draw from the posterior with it; None takes the mean. A file that keeps only z gives that z.
+        Returns: (C, h, w), float32.
+        """
+        if self.header.space == "z":
+            return self.tensors["z"].float()
+        mean = self.tensors["mean"].float()
+        if generator is None:
+            return mean
+        return mean + torch.exp(0.5 * self.tensors["logvar"].float()) * torch.randn(mean.shape, generator=generator)
+
+    def latents(self, generator: torch.Generator | None = None) -> Tensor:
+        """What a diffusion model sees. Arguments and result as `z`.
+
+        (z - shift_factor) * scaling_factor; for a VAE with a mean and a standard deviation per channel
+        (z - latents_mean) * scaling_factor / latents_std.
+        Source: diffusers' pipelines, of Stable Diffusion 3 for the first, of Stable Diffusion XL for the second.
+        """
+        vae, z = self.header.vae, self.z(generator)
+        if vae.is_per_channel:
+            mean, std = (z.new_tensor(values).view(-1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
+            return (z - mean) * vae.scaling_factor / std
+        return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
+
+    def write(self, path: str | Path) -> None:
+        """Write the file, whole or not at all; replaces what is there.
+
+        Raises: LatentFileError for values that are not finite; OSError.
+        """
+        check_finite(self.header, self.tensors, Path(path))
+        write_atomic(self.to_bytes(), Path(path))
+
+    def to_bytes(self) -> bytes:
+        """The file as `write` writes it."""
+        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        data: bytes = save(contiguous, metadata=self.header.to_metadata())
+        return data
+
+    @classmethod
+    def read(cls, path: str | Path) -> LatentFile:
+        """Read a file that `write` wrote. Raises: LatentFileError, which names the file and the reason."""
+        path = Path(path)
+        header = read_header(path)
+        try:
+            tensors = load(path.read_bytes())  # not by name: safetensors opens no path that is not UTF-8 for torch
+        except (OSError, SafetensorError) as error:
+            raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
+        check_tensors(header, tensors, path)
+        return cls(header=header, tensors=tensors)
+
+
+def check_finite(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: LatentFileError for values that are not to be written."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise LatentFileError(
+                f"{path}: {name} is not finite in {header.latent_dtype}; compute and store in float32"
+            )
+
+
+def check_tensors(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: LatentFileError where tensors that were read do not go with their header, or are not finite."""
+    ratio, image, padding = header.vae.spatial_compression_ratio, header.image, header.padding
+    covered = (image.height + padding.top + padding.bottom, image.width + padding.left + padding.right)
+    for name, tensor in tensors.items():
+        if tensor.ndim != 3 or (tensor.shape[1] * ratio, tensor.shape[2] * ratio) != covered:
+            raise LatentFileError(
+                f"{path}: damaged latent file: {name} has shape {tuple(tensor.shape)}, which at {ratio} px per "
+                f"position does not cover a padded image of {covered[0]} x {covered[1]} px (height x width)"
+            )
+        if not torch.isfinite(tensor).all():
+            raise LatentFileError(f"{path}: damaged latent file: {name} has values that are not finite")
+        for statistic in ("latents_mean", "latents_std"):
+            values = getattr(header.vae, statistic)
+            if values is not None and len(values) != tensor.shape[0]:
+                raise LatentFileError(
+                    f"{path}: damaged latent file: {name} has {tensor.shape[0]} channels, but vae.{statistic} has "
+                    f"{len(values)} values"
+                )
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        raise LatentFileError(f"{path}: damaged latent file: its tensors differ in shape")

@@ -1,0 +1,1 @@
+"""Exact execution in strips of rows."""
