@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdvae.calibration.result import Calibration, Failure, Present
-from sdvae.checkpoints.subject import Encoding, Subject, open_subject
+from sdvae.checkpoints.subject import Subject, open_subject
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.prefetch import default_workers, group_by_shape, read_ahead
-from sdvae.data.sources.files import ImageFile, find_images, os_reason
+from sdvae.data.sources.files import ImageFile, choose_images, find_images, os_reason
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError
-from sdvae.evaluation.images import choose_images
 from sdvae.metrics.moments import LatentMoments
 from sdvae.model.device import batch_pixels, choose_device, exact_float32
+from sdvae.model.posterior import Encoding
 
 __all__ = ["CalibrateOptions", "calibrate"]
 

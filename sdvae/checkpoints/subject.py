@@ -22,9 +22,9 @@ from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import preferred_memory_format
 from sdvae.model.optimize import optimize
-from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.posterior import DiagonalGaussian, Encoding
 
-__all__ = ["Encoding", "Subject", "open_subject", "round_to_8_bits"]
+__all__ = ["Subject", "open_subject", "round_to_8_bits"]
 
 _PROBE_PX = 128  # the largest downsampling that is published (DC-AE f128) makes one latent position of it
 _DRAWS_WHILE_DECODING = frozenset({"ConsistencyDecoderVAE"})
@@ -37,28 +37,6 @@ def round_to_8_bits(recon: Tensor) -> Tensor:
     """
     levels = ((recon.float().nan_to_num(nan=-1.0) + 1) * 127.5).clamp_(0, 255).round_()
     return levels.div_(255)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Encoding:
-    """What an encoder made of a batch of images."""
-
-    z: Tensor  # (B, C, h, w), the mode, float32, never scaled
-    posterior: DiagonalGaussian | None  # moments in float32; None for encoders that know no uncertainty
-
-    def of(self, rows: Sequence[int]) -> Encoding:
-        """Those of some images of the batch."""
-        posterior = None if self.posterior is None else DiagonalGaussian(self.posterior.moments[list(rows)])
-        return Encoding(z=self.z[list(rows)], posterior=posterior)
-
-    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """One sample of z per image, from its own generator, so that the split into batches changes nothing.
-
-        Returns: (B, C, h, w), float32; z itself where there is no posterior.
-        """
-        if len(generators) != self.z.shape[0]:
-            raise ValueError(f"{len(generators)} generators for {self.z.shape[0]} images; expected one per image")
-        return self.z if self.posterior is None else self.posterior.sample(generators)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

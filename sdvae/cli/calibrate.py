@@ -87,8 +87,7 @@ def calibrate_command(
 
 def _print_dry_run(vae: str, images: str, options: dict[str, Any], config_path: str | None, as_json: bool) -> None:
     from sdvae.checkpoints.read import locate
-    from sdvae.data.sources.files import find_images
-    from sdvae.evaluation.images import choose_images
+    from sdvae.data.sources.files import choose_images, find_images
 
     locate(vae)
     found = find_images(images)

@@ -17,8 +17,8 @@ from sdvae.codec.reports import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
 
 if TYPE_CHECKING:
+    from sdvae.data.images import Pixels
     from sdvae.data.sources.files import ImageFile
-    from sdvae.evaluation.stress.run import Pixels
     from sdvae.precision.audit import Audit
 
 __all__ = ["audit_options", "check_command", "choose_files", "read_pixels"]
@@ -151,8 +151,7 @@ def check_command(
 
 def choose_files(images: str | None, limit: int) -> list[ImageFile]:
     """At most `limit` of the images that are named, evenly spaced; of the bundled photographs where none are."""
-    from sdvae.data.sources.files import find_images
-    from sdvae.evaluation.images import choose_images
+    from sdvae.data.sources.files import choose_images, find_images
 
     return choose_images(find_images(_PHOTOS if images is None else images), limit)
 

@@ -38,6 +38,7 @@ __all__ = [
     "EncodedImage",
     "JPEG_MARGIN",
     "PREPROCESSING_VERSION",
+    "Pixels",
     "Place",
     "ReadImage",
     "image_to_x",
@@ -60,7 +61,7 @@ JPEG_MARGIN = 2
 # 2**27 = 134,217,728 pixels: room for the 102 megapixel files of medium format cameras; 384 MiB as 8-bit RGB.
 DEFAULT_MAX_PIXELS = 2**27
 
-Pixels = npt.NDArray[Any]
+Pixels = npt.NDArray[Any]  # (H, W, 3), uint8 or uint16
 Colour = tuple[int, int, int]
 _T = TypeVar("_T")
 

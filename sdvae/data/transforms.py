@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sdvae.data.images import DEFAULT_MAX_PIXELS, Place
+from sdvae.data.images import DEFAULT_MAX_PIXELS, Pixels, Place
 from sdvae.errors import ImageError
 
 __all__ = ["Padding", "RandomCrop", "pad_to_multiple", "resize_and_crop", "unpad"]
-
-Pixels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ImageError
 from sdvae.evaluation.protocol import Protocol
 
-__all__ = ["BLOCK_IMAGES", "Prepared", "blocks_of", "choose_images", "prepare", "slice_of", "stand_digest"]
+__all__ = ["BLOCK_IMAGES", "Prepared", "blocks_of", "prepare", "slice_of", "stand_digest"]
 
 BLOCK_IMAGES = 16  # an interruption loses few; 16 photographs of 24 megapixels take 1.2 GB while they are measured
 
@@ -37,13 +37,6 @@ class Prepared:
     @property
     def num_px(self) -> int:
         return int(self.pixels.shape[0] * self.pixels.shape[1])
-
-
-def choose_images(files: Sequence[ImageFile], max_images: int | None) -> list[ImageFile]:
-    """At most `max_images` of the files, evenly spaced, so that each subfolder keeps its share."""
-    if max_images is None or max_images >= len(files):
-        return list(files)
-    return [files[index * len(files) // max_images] for index in range(max_images)]
 
 
 def blocks_of(num_images: int) -> list[range]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Encoding, Subject, round_to_8_bits
+from sdvae.checkpoints.subject import Subject, round_to_8_bits
 from sdvae.data.prefetch import group_by_shape
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
@@ -26,7 +26,7 @@ from sdvae.evaluation.swap import SwapTest
 from sdvae.metrics.latent_health import LatentHealth
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import batch_pixels
-from sdvae.model.posterior import image_generator
+from sdvae.model.posterior import Encoding, image_generator
 
 __all__ = ["Measurement", "MetricFunction"]
 

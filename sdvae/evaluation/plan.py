@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdvae.data.sources.files import ImageFile, find_images
+from sdvae.data.sources.files import ImageFile, choose_images, find_images
 from sdvae.errors import ConfigError
 from sdvae.evaluation.blocks import ORIGINALS
 from sdvae.evaluation.gates import Gate, gate_needs, parse_gate
-from sdvae.evaluation.images import choose_images
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import FID_MIN_IMAGES, SET_METRICS, Protocol
 

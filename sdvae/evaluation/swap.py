@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Encoding, Subject, round_to_8_bits
+from sdvae.checkpoints.subject import Subject, round_to_8_bits
 from sdvae.metrics.latent_health import PairMoments
 from sdvae.metrics.table import IMAGE_METRICS
-from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.posterior import DiagonalGaussian, Encoding
 
 __all__ = ["SwapTest", "swap_obstacle"]
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sdvae.checkpoints.subject import Encoding
+from sdvae.model.posterior import Encoding
 
 __all__ = ["CENTRE_MATTERS", "SCALE_MATTERS", "LatentHealth", "LatentStatistics", "PairMoments"]
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-__all__ = ["LOGVAR_MAX", "LOGVAR_MIN", "DiagonalGaussian", "image_generator"]
+__all__ = ["LOGVAR_MAX", "LOGVAR_MIN", "DiagonalGaussian", "Encoding", "image_generator"]
 
 # The clamp of latent-diffusion and diffusers; a file or a peer that reads our moments expects the same.
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
@@ -83,3 +84,25 @@ def _randn_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator
         return torch.cat([_randn_like(x[i : i + 1], g) for i, g in enumerate(generator)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoding:
+    """What an encoder made of a batch of images."""
+
+    z: Tensor  # (B, C, h, w), the mode, float32, never scaled
+    posterior: DiagonalGaussian | None  # moments in float32; None for encoders that know no uncertainty
+
+    def of(self, rows: Sequence[int]) -> Encoding:
+        """Those of some images of the batch."""
+        posterior = None if self.posterior is None else DiagonalGaussian(self.posterior.moments[list(rows)])
+        return Encoding(z=self.z[list(rows)], posterior=posterior)
+
+    def draw(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """One sample of z per image, from its own generator, so that the split into batches changes nothing.
+
+        Returns: (B, C, h, w), float32; z itself where there is no posterior.
+        """
+        if len(generators) != self.z.shape[0]:
+            raise ValueError(f"{len(generators)} generators for {self.z.shape[0]} images; expected one per image")
+        return self.z if self.posterior is None else self.posterior.sample(generators)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from sdvae.checkpoints.subject import Subject
-from sdvae.data.images import image_to_x
+from sdvae.data.images import Pixels, image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.evaluation.stress.run import Pixels
 from sdvae.model.device import exact_float32
 from sdvae.precision.activations import LayerPeak, NormInput, Recorder, watch
 from sdvae.precision.number_formats import LIMITS, SHORT

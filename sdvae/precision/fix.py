@@ -20,9 +20,8 @@ from sdvae.checkpoints.notes import ASSUMED_NOTE
 from sdvae.checkpoints.read import Checkpoint
 from sdvae.checkpoints.rewrite.fp16 import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
 from sdvae.checkpoints.subject import Subject, open_subject
-from sdvae.data.images import image_to_x
+from sdvae.data.images import Pixels, image_to_x
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.evaluation.stress.run import Pixels
 from sdvae.model.device import exact_float32
 from sdvae.precision.audit import Audit, audit
 from sdvae.precision.number_formats import LIMITS, headroom_bits

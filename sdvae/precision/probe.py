@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.checkpoints.subject import Subject, round_to_8_bits
-from sdvae.data.images import image_to_x
-from sdvae.evaluation.stress.run import Pixels
+from sdvae.data.images import Pixels, image_to_x
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import exact_float32
 from sdvae.precision.activations import watch

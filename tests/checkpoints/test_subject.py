@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
-from sdvae.checkpoints.subject import Encoding, Subject, open_subject, round_to_8_bits
+from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
-from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.posterior import DiagonalGaussian, Encoding
 
 CPU = torch.device("cpu")
 

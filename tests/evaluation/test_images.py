@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdvae.data.sources.files import ImageFile, find_images
+from sdvae.data.sources.files import ImageFile, choose_images, find_images
 from sdvae.errors import ImageError
-from sdvae.evaluation.images import BLOCK_IMAGES, blocks_of, choose_images, prepare, slice_of, stand_digest
+from sdvae.evaluation.images import BLOCK_IMAGES, blocks_of, prepare, slice_of, stand_digest
 from sdvae.evaluation.protocol import PRESETS, Protocol
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]

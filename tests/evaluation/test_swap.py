@@ -17,11 +17,12 @@ from torch import Tensor
 
 import sdvae
 from sdvae.checkpoints.store import load_autoencoder
-from sdvae.checkpoints.subject import Encoding, Subject, open_subject, round_to_8_bits
+from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.data.images import read_image
 from sdvae.evaluation.swap import SwapTest, _sentence, _verdict, swap_obstacle
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.posterior import Encoding
 
 CPU = torch.device("cpu")
 PHOTOS = Path(sdvae.__file__).parent / "assets" / "photos"

@@ -12,9 +12,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Encoding
 from sdvae.metrics.latent_health import LatentHealth, LatentStatistics, PairMoments
-from sdvae.model.posterior import DiagonalGaussian
+from sdvae.model.posterior import DiagonalGaussian, Encoding
 
 
 def with_posterior(z: Tensor, std: float | Tensor = 0.1) -> Encoding:

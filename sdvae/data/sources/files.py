@@ -16,7 +16,16 @@ from typing import Protocol
 
 from sdvae.errors import ConfigError, ImageError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFile", "Member", "file_digest", "find_images", "folder_digest", "os_reason"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageFile",
+    "Member",
+    "choose_images",
+    "file_digest",
+    "find_images",
+    "folder_digest",
+    "os_reason",
+]
 
 # Names that mean a picture. HEIC and JPEG XL are among them although Pillow alone reads neither: a picture that
 # cannot be read is to be reported, not passed over in silence. Camera raw files are not: they lie beside the JPEG of
@@ -218,3 +227,10 @@ def _listed(list_path: Path) -> list[ImageFile]:
             key, number = plain.with_stem(f"{plain.stem}-{number}").as_posix(), number + 1
         images[key] = ImageFile(key, by_place[place])
     return list(images.values())
+
+
+def choose_images(files: Sequence[ImageFile], max_images: int | None) -> list[ImageFile]:
+    """At most `max_images` of the files, evenly spaced, so that each subfolder keeps its share."""
+    if max_images is None or max_images >= len(files):
+        return list(files)
+    return [files[index * len(files) // max_images] for index in range(max_images)]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.checkpoints.subject import Subject, round_to_8_bits
-from sdvae.data.images import image_to_x
+from sdvae.data.images import Pixels, image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.stress.seams import SEAM_THRESHOLD, SeamScore, colour_step, seam_score
@@ -41,7 +41,6 @@ CYCLES = (1, 2, 5, 10)
 SIZES_PX = (128, 256, 512, 768, 1024)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Pixels = NDArray[np.uint8]
 Images = Sequence[Pixels | tuple[str, Pixels]]  # (H, W, 3), alone or with a key; without, the index is the key
 Metrics = Mapping[str, Compute]
 Progress = Callable[[int, int], None]  # images done, images in all

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
+from sdvae.data.images import Pixels
 from sdvae.errors import ConfigError
 
 __all__ = ["SEARCH_THRESHOLD", "SEAM_THRESHOLD", "SeamScore", "colour_step", "seam_score"]
@@ -36,7 +37,6 @@ _MIN_SPREAD = 0.05  # of the statistic, whose values are about 1: below it two l
 _MIN_LINES = 16  # to know what is usual in this image
 
 FloatArray = npt.NDArray[np.float64]
-Pixels = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
