@@ -12,18 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import fork, fork_launched, run_sdvae
+from gradients_of_a_run import run_and_record
 from safetensors.torch import load_file
 
 import sdvae
 from sdvae.config import dump_config
 from sdvae.training.config import EquivarianceConfig, LogvarConfig, TrainConfig
 
-SCRIPT = Path(__file__).with_name("gradients_of_a_run.py")
-PACKAGE_ROOT = str(Path(sdvae.__file__).parents[1])
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": PACKAGE_ROOT}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(sdvae.__file__).parents[1])}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -32,15 +31,13 @@ def updates_of(config: TrainConfig, folder: Path, processes: int) -> list[list[d
     folder.mkdir()
     path = folder / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    launcher = TORCHRUN if processes == 2 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(path), str(folder)],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    if processes == 1:
+        started = [fork(run_and_record, str(path), folder, folder=folder)]
+    else:
+        started = fork_launched(run_and_record, str(path), folder, count=processes, folder=folder)
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     return [
         [torch.load(folder / f"step-{step}-rank-{rank}.pt") for rank in range(processes)]
         for step in range(config.training.steps)
@@ -106,17 +103,14 @@ def test_two_processes_through_the_command_line_stop_resume_and_report_once(
     config = make_config("run", data=data, accumulation=2, loss={"adversarial": adversarial()}, checkpoint_every=2)
     path = tmp_path / "config.yaml"
 
-    def run(config: TrainConfig, *options: str) -> subprocess.CompletedProcess[str]:
-        path.write_text(dump_config(config), encoding="utf-8")
-        return subprocess.run(
-            [sys.executable, *TORCHRUN, "-m", "sdvae", "train", str(path), *options],
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    done = run(config)
+    path.write_text(dump_config(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "sdvae", "train", str(path)],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on the held-out images") == 1, "only the main process reports"
     run_dir = Path(config.run_dir)
@@ -130,8 +124,9 @@ def test_two_processes_through_the_command_line_stop_resume_and_report_once(
 
     # as if it had been killed after step 4; draws of z of both processes must go on where they were
     shutil.rmtree(run_dir / "checkpoints/step-00000006")
-    done = run(config, "--resume")
-    assert done.returncode == 0, done.stderr
+    for process in fork_launched(run_sdvae, ["train", str(path), "--resume"], count=2, folder=tmp_path):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
     again = load_file(run_dir / "checkpoints/step-00000006/model.safetensors")
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
     again = load_file(run_dir / "checkpoints/step-00000006/model_1.safetensors")
@@ -143,27 +138,17 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(make_config: Any
     config = make_config("run", steps=100_000, checkpoint_every=0, log_every=1)
     path, metrics = tmp_path / "config.yaml", Path(config.run_dir) / "metrics.jsonl"
     path.write_text(dump_config(config), encoding="utf-8")
-    launcher = subprocess.Popen(
-        [sys.executable, *TORCHRUN, "-m", "sdvae", "train", str(path)],
-        env=os.environ | ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    workers: list[psutil.Process] = []
+    first, second = fork_launched(run_sdvae, ["train", str(path)], count=2, folder=tmp_path)
     try:
         end = time.monotonic() + 120
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-            assert launcher.poll() is None and time.monotonic() < end
+            assert first.poll() is None and second.poll() is None and time.monotonic() < end
             time.sleep(0.05)
-        workers = psutil.Process(launcher.pid).children(recursive=True)
-        (second,) = (worker for worker in workers if worker.environ().get("RANK") == "1")
         second.terminate()
-        _, errors = launcher.communicate(timeout=120)
+        errors = first.communicate()[1] + second.communicate()[1]
     finally:
-        launcher.kill()
-        for worker in workers:
-            if worker.is_running():
-                worker.kill()
+        first.kill()
+        second.kill()
     logged = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped by SIGTERM after step {logged} of 100000" in errors
     assert f"stopped by a signal to another process after step {logged} of 100000" in errors

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked, fork_sdvae
 from safetensors.torch import load_file
 
 from sdvae.config import dump_config
@@ -24,26 +23,18 @@ from sdvae.training.interruption import stop_on_signals
 from sdvae.training.loop import train
 
 
-def start(
-    config: TrainConfig, folder: Path, *options: str, sdvae: Sequence[str] = (sys.executable, "-m", "sdvae")
-) -> subprocess.Popen[str]:
+def start(config: TrainConfig, folder: Path, *options: str, seconds_per_file: float = 0.0) -> Forked:
     path = folder / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
-    return subprocess.Popen(
-        [*sdvae, "train", str(path), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return fork_sdvae("train", path, *options, folder=folder, seconds_per_file=seconds_per_file)
 
 
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], pause_s: float = 0.05) -> None:
+def wait_for(condition: Callable[[], Any], process: Forked, pause_s: float = 0.05) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         if condition():
             return
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.stderr_path.read_text()
         time.sleep(pause_s)
     raise AssertionError("it never happened")
 
@@ -54,12 +45,12 @@ def weights(run_dir: str, step: int, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_kill_9_while_a_checkpoint_is_written_loses_nothing_that_was_whole(
-    make_config: Any, adversarial: Any, tmp_path: Path, slowly_writing_sdvae: list[str]
+    make_config: Any, adversarial: Any, tmp_path: Path
 ) -> None:
     changes = {"steps": 12, "checkpoint_every": 1, "num_checkpoints": 3, "loss": {"adversarial": adversarial()}}
     whole, killed = make_config("whole", **changes), make_config("killed", **changes)
     checkpoints = Path(killed.run_dir) / "checkpoints"
-    process = start(killed, tmp_path, sdvae=slowly_writing_sdvae)
+    process = start(killed, tmp_path, seconds_per_file=0.2)
     # a folder that is being written, once there are whole ones
     wait_for(
         lambda: len(list(checkpoints.glob("step-????????"))) > 2 and any(checkpoints.glob("*.partial/*")), process, 0

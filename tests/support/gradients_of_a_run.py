@@ -1,12 +1,8 @@
-"""Runs a training config and writes down gradients and weights at each update, one file per process and step.
-
-Started by tests on one process or, by torchrun, on several: gradients_of_a_run.py CONFIG FOLDER
-"""
+"""Runs a training config and writes down gradients and weights at each update, one file per process and step."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,12 @@ import torch
 
 from sdvae.training import loop
 
-apply_updates = loop.apply_updates
+__all__ = ["run_and_record"]
 
 
-def record(folder: Path) -> None:
+def run_and_record(config_path: str, folder: Path) -> None:
+    """Train, in a process of its own: the function that applies updates is replaced for good."""
+    apply_updates = loop.apply_updates
     rank, step = os.environ.get("RANK", "0"), 0
 
     def recorded(updates: Iterable[Any], *args: Any) -> list[float]:
@@ -30,9 +28,4 @@ def record(folder: Path) -> None:
         return apply_updates(updates, *args)
 
     loop.apply_updates = recorded
-
-
-if __name__ == "__main__":
-    config_path, out_dir = sys.argv[1:]
-    record(Path(out_dir))
     loop.train(config_path)
