@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.calibration.result import Calibration
-from sdvae.checkpoints.formats import SCALE_FIELDS, read_json
+from sdvae.checkpoints.fit import DEFAULTS
+from sdvae.checkpoints.formats import CLASS_NAME, SCALE_FIELDS, read_json
 from sdvae.checkpoints.notes import config_to_update, notes_of, update_config
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, bundled_path, load_autoencoder
+from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, bundled_path, load_network
 from sdvae.errors import ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["Written", "check_writable", "write_calibration"]
 
@@ -50,8 +49,8 @@ def check_writable(vae: str | Path | None, *, per_channel: bool = False, shift: 
         )
     path = config_to_update(vae)
     config = read_json(path)
-    if (name := config.get("_class_name", AutoencoderKL.__name__)) != AutoencoderKL.__name__:
-        raise ConfigError(f"{path} is of the class {name}; calibrations are written for {AutoencoderKL.__name__} only")
+    if (name := config.get("_class_name", CLASS_NAME)) != CLASS_NAME:
+        raise ConfigError(f"{path} is of the class {name}; calibrations are written for {CLASS_NAME} only")
     if config.get("latents_std") is not None and not per_channel:
         raise ConfigError(
             f"{path} has latents_std, by which readers divide as well: a new scaling_factor alone would not give "
@@ -84,8 +83,7 @@ def write_calibration(
         raise ConfigError("a calibration on one image is not written: it may be far off, and cannot say how far")
     _check_same_vae(path.parent, calibration)
     after, note = (each(per_channel=per_channel, shift=shift) for each in (calibration.fields, calibration.note))
-    defaults = inspect.signature(AutoencoderKL.__init__).parameters
-    before = {name: config.get(name, defaults[name].default) for name in SCALE_FIELDS}
+    before = {name: config.get(name, DEFAULTS[name]) for name in SCALE_FIELDS}
     changed_fields = any(
         not _same_values(before[name], value, after["scaling_factor"]) for name, value in after.items()
     )
@@ -110,12 +108,11 @@ def _check_same_vae(folder: Path, calibration: Calibration) -> None:
     The scale is no part of what was measured, but it is part of the digest: what was present then is put in, so that a
     calibration can be written again over itself or over another one.
     """
-    vae = load_autoencoder(folder)
+    vae = load_network(folder)
     then = {name: getattr(calibration.present, name) for name in SCALE_FIELDS}
     scales: tuple[dict[str, Any], ...] = ({}, then)  # as it stands: `present` has 1 where a config says null
     for scale in scales:
-        vae.register_to_config(**scale)
-        if autoencoder_digest(vae) == calibration.vae_digest:
+        if autoencoder_digest(vae, {**vae.config, **scale}) == calibration.vae_digest:
             return
     raise ConfigError(
         f"{folder} has other weights, or another configuration, than the VAE that was calibrated ({calibration.vae}); "

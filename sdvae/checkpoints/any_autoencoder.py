@@ -17,9 +17,9 @@ from torch import nn
 
 from sdvae.checkpoints import formats, read, store
 from sdvae.checkpoints.fit import config_fields, first_not_finite, key_problems
+from sdvae.checkpoints.formats import CLASS_NAME
 from sdvae.checkpoints.keys import current_attention_names
 from sdvae.errors import CheckpointError
-from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["load_any_autoencoder"]
 
@@ -34,9 +34,9 @@ def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
     """
     found = read.locate(ref)  # a file that says itself that it is an AutoencoderKL has no config here
     config = formats.read_json(found.config) if found.config else {}
-    name = config.get("_class_name", AutoencoderKL.__name__)
-    if found.config is None or name == AutoencoderKL.__name__:
-        return store.load_autoencoder(found.weights if found.weights.suffix != ".json" else found.weights.parent)
+    name = config.get("_class_name", CLASS_NAME)
+    if found.config is None or name == CLASS_NAME:
+        return store.load_network(found.weights if found.weights.suffix != ".json" else found.weights.parent)
     config_path = found.config
     model = _build(_class(str(name), config_path), config, config_path)
     stored = read.read_weights(found.weights)

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.compat.facts import WeightFacts
 from sdvae.checkpoints.compat.loaders import loader_verdicts
-from sdvae.checkpoints.formats import SCALE_FIELDS, Found, Kind
+from sdvae.checkpoints.formats import CLASS_NAME, SCALE_FIELDS, Found, Kind
 from sdvae.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sdvae.checkpoints.read import Checkpoint
 
 __all__ = ["describe_vae"]
-
-_CLASS_NAME = "AutoencoderKL"
 
 
 def describe_vae(ref: str | Path) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def describe_vae(ref: str | Path) -> dict[str, Any]:
         variant=_variant(found),
         dtypes=data["dtypes"],
     )
-    verdicts = loader_verdicts(facts) if data["class_name"] in (None, _CLASS_NAME) else ()
+    verdicts = loader_verdicts(facts) if data["class_name"] in (None, CLASS_NAME) else ()
     if not loaded["loads"]:  # then there is nothing to convert
         verdicts = tuple(replace(verdict, fix=None) for verdict in verdicts)
     return data | loaded | {"loaders": [asdict(verdict) for verdict in verdicts]}
@@ -89,7 +87,7 @@ def _load(ref: str | Path, found: Found, metadata: Mapping[str, str]) -> dict[st
 
     try:
         name = _class_name(found)
-        return _load_other(ref) if name not in (None, _CLASS_NAME) else _load_kl(ref, metadata)
+        return _load_other(ref) if name not in (None, CLASS_NAME) else _load_kl(ref, metadata)
     except CheckpointError as error:
         return {"loads": False, "reason": str(error), "config": config_fields(_config(found))}
 
@@ -106,7 +104,7 @@ def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return {
         "kind": str(checkpoint.found.kind),
         "evidence": checkpoint.found.evidence,
-        "class_name": _CLASS_NAME,
+        "class_name": CLASS_NAME,
         "loads": True,
         "digest": autoencoder_digest(vae),
         "spatial_compression_ratio": vae.spatial_compression_ratio,

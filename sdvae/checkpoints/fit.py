@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.formats import CLASS_NAME
 from sdvae.checkpoints.keys import fields_from_shapes
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder, AutoencoderConfig
 
-__all__ = ["build", "check_fields", "config_fields", "first_not_finite", "key_problems", "misfit"]
+__all__ = [
+    "DEFAULTS",
+    "build",
+    "check_fields",
+    "config_fields",
+    "config_json",
+    "first_not_finite",
+    "key_problems",
+    "misfit",
+]
+
+
+# Every field of the configuration with the value that it has where config.json does not say.
+DEFAULTS: Mapping[str, Any] = AutoencoderConfig()
 
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,10 +36,15 @@ def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in config.items() if not field.startswith("_")}
 
 
-def check_fields(fields: Mapping[str, Any], source: object) -> None:
-    """Raise CheckpointError where a field is none of AutoencoderKL's. source: where they are from, for the message."""
-    known = list(inspect.signature(AutoencoderKL.__init__).parameters)[1:]
-    if unknown := sorted(set(fields) - set(known)):
+def config_json(config: AutoencoderConfig) -> dict[str, Any]:
+    """What config.json holds for a network, as diffusers writes it, but for the order."""
+    return {"_class_name": CLASS_NAME, "_diffusers_version": version("diffusers"), **config}
+
+
+def check_fields(config: Mapping[str, Any], source: object) -> None:
+    """Raise CheckpointError for a field that `AutoencoderConfig` does not have. source: where they are from."""
+    known = list(DEFAULTS)
+    if unknown := sorted(set(config) - set(known)):
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}."
         raise CheckpointError(
@@ -34,18 +53,17 @@ def check_fields(fields: Mapping[str, Any], source: object) -> None:
         )
 
 
-def build(fields: Mapping[str, Any], source: object) -> AutoencoderKL:
+def build(config: Mapping[str, Any], source: object) -> Autoencoder:
     """An autoencoder without memory for weights: they come from a file, so drawing random ones first is time lost.
 
-    source: where the fields are from. Raises: CheckpointError.
+    config: its fields; those that are missing have their defaults. source: where they are from.
+    Raises: CheckpointError.
     """
     try:
         with torch.device("meta"):
-            vae: AutoencoderKL = AutoencoderKL(**fields)
-            return vae
+            return Autoencoder(AutoencoderConfig(**config))
     except (ConfigError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        parameters = list(inspect.signature(AutoencoderKL.__init__).parameters.values())[1:]
-        missing = [f"{p.name} = {p.default!r}" for p in parameters if p.name not in fields]
+        missing = [f"{name} = {value!r}" for name, value in DEFAULTS.items() if name not in config]
         note = f". Fields that it lacks have their defaults: {', '.join(missing)}" if missing else ""
         raise CheckpointError(f"{source}: no autoencoder can be built from it: {error}{note}") from error
 
@@ -67,8 +85,8 @@ def key_problems(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> 
     return "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
 
 
-def misfit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], vae: AutoencoderKL) -> str:
-    """What keeps these weights from being those of `vae`, built from `fields`; empty if nothing does."""
+def misfit(tensors: Mapping[str, Tensor], given: Mapping[str, Any], vae: Autoencoder) -> str:
+    """What keeps these weights from being those of `vae`, built from the fields `given`; empty if nothing does."""
     if not (problems := key_problems(tensors, vae.state_dict())):
         return ""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -76,7 +94,7 @@ def misfit(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], vae: Autoen
     for field, value in fields_from_shapes(found).items():
         configured = vae.config[field]
         if (list(configured) if isinstance(configured, tuple) else configured) != value:
-            origin = "is" if field in fields else "is missing, so it is"
+            origin = "is" if field in given else "is missing, so it is"
             causes.append(f"{field} {origin} {configured!r}, the weights were made with {value!r}")
     return problems + (f". In the configuration, {'; '.join(causes)}" if causes else "")
 

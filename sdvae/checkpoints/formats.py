@@ -17,6 +17,7 @@ from sdvae.errors import CheckpointError
 
 __all__ = [
     "CARD_NAME",
+    "CLASS_NAME",
     "CONFIG_NAME",
     "FAMILIES",
     "PICKLE_SUFFIXES",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 CARD_NAME = "README.md"  # the model card, where the hub looks for it
+CLASS_NAME = "AutoencoderKL"  # of the model, in config.json
 CONFIG_NAME = "config.json"
 STEM = "diffusion_pytorch_model"  # of the weights files in a folder of diffusers
 WEIGHTS_NAME = f"{STEM}.safetensors"  # as diffusers saves a model in one file

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.fit import build, check_fields, config_fields, first_not_finite, misfit
 from sdvae.checkpoints.folders import aside
-from sdvae.checkpoints.formats import CONFIG_NAME, FAMILIES, Found, Kind, Layout
+from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, FAMILIES, Found, Kind, Layout
 from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.keys import current_attention_names, from_ldm, infer_fields, linear_attention, tidy
 from sdvae.checkpoints.notes import ASSUMED_NOTE, carries_config, from_metadata, notes_of
@@ -36,7 +36,6 @@ __all__ = [
 
 BUNDLED_NAME = "sdvae-mini"
 
-_CLASS_NAME = "AutoencoderKL"
 _GROUPS = 32  # of every published autoencoder of this family; no tensor shows it
 _SAMPLE_SIZE_PX = 512  # the tile of blended tiling; it does not change the function
 _SD, _SDXL = FAMILIES["Stable Diffusion 1 or 2"], FAMILIES["SDXL"]
@@ -162,8 +161,8 @@ def _own_tensors(weights: Path, layout: Layout, readers: Readers) -> tuple[dict[
 
 def _config_of(path: Path) -> dict[str, Any]:
     config = formats.read_json(path)
-    if (name := config.get("_class_name", _CLASS_NAME)) != _CLASS_NAME:
-        raise CheckpointError(f"{path}: describes the class {name}; expected {_CLASS_NAME}")
+    if (name := config.get("_class_name", CLASS_NAME)) != CLASS_NAME:
+        raise CheckpointError(f"{path}: describes the class {name}; expected {CLASS_NAME}")
     check_fields(config_fields(config), path)
     return config
 
@@ -287,7 +286,7 @@ def read_checkpoint(
     layout = formats.layout_of(readers, found.weights)
     if layout.kind in (Kind.TINY, Kind.OTHER):
         raise CheckpointError(
-            f"{found.weights}: this is a {layout.kind} ({layout.evidence}); expected the weights of an {_CLASS_NAME}, "
+            f"{found.weights}: this is a {layout.kind} ({layout.evidence}); expected the weights of an {CLASS_NAME}, "
             f"with diffusers or LDM keys"
         )
     kind = layout.kind if found.kind is Kind.PICKLE else found.kind

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,17 @@ import safetensors.torch
 import torch
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.fit import build, config_fields, first_not_finite, misfit
+from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, misfit
 from sdvae.checkpoints.folders import new_folder
-from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder, AutoencoderConfig
 
 if TYPE_CHECKING:
     import diffusers
+
+    from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = [
     "BUNDLED_NAME",
@@ -32,12 +35,12 @@ __all__ = [
     "bundled_path",
     "keep_card",
     "load_autoencoder",
+    "load_network",
     "save_autoencoder",
     "to_diffusers",
     "why_no_vae_folder",
 ]
 
-_CLASS_NAME = "AutoencoderKL"
 _OWN_FILE = re.compile(r"README\.md|config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
 
 # Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
@@ -74,6 +77,35 @@ def load_autoencoder(
         misfitting, non-finite or unsafe weights, and for a configuration that does not describe them; ConfigError for
         arguments that do not go together.
     """
+    from sdvae.model.autoencoder import AutoencoderKL
+
+    network = load_network(
+        ref,
+        subfolder=subfolder,
+        config=config,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        local_files_only=local_files_only,
+    )
+    with torch.device("meta"):
+        vae: AutoencoderKL = AutoencoderKL(**config_fields(network.config))
+    vae.load_state_dict(network.state_dict(), strict=True, assign=True)
+    vae.eval()
+    return vae
+
+
+def load_network(
+    ref: str | Path | None = None,
+    *,
+    subfolder: str | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> Autoencoder:
+    """As `load_autoencoder`, without diffusers' shell, whose import takes seconds."""
     _check_dtype(dtype)
     checkpoint = read_checkpoint(
         ref, subfolder=subfolder, config=config, revision=revision, local_files_only=local_files_only
@@ -99,14 +131,21 @@ def why_no_vae_folder(folder: Path) -> str | None:
         return f"holds more than a VAE: {formats.some(others)}"
     # The folder of a UNet has files of the same names.
     config = folder / CONFIG_NAME
-    if not config.is_file() or formats.read_json(config).get("_class_name") != _CLASS_NAME:
-        return f"holds no VAE: no {CONFIG_NAME} that names {_CLASS_NAME}"
+    if not config.is_file() or formats.read_json(config).get("_class_name") != CLASS_NAME:
+        return f"holds no VAE: no {CONFIG_NAME} that names {CLASS_NAME}"
     return None
 
 
-def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
-    config = json.loads(vae.to_json_string()) | {"_class_name": _CLASS_NAME}
+def _config_to_write(vae: Any) -> dict[str, Any]:
+    if isinstance(vae.config, AutoencoderConfig):
+        return config_json(vae.config)
+    config: dict[str, Any] = json.loads(vae.to_json_string())
     config.pop("_name_or_path", None)  # where this copy came from is no business of those who get the files
+    return config | {"_class_name": CLASS_NAME}
+
+
+def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    config = _config_to_write(vae)
     tensors = {n: t.detach().to(device="cpu", dtype=dtype).contiguous() for n, t in vae.state_dict().items()}
     if problems := misfit(tensors, config_fields(config), build(config_fields(config), folder)):
         raise CheckpointError(f"the VAE is not saved, for its weights do not fit its configuration: {problems}")
@@ -117,7 +156,7 @@ def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
 
 
 def save_autoencoder(
-    vae: AutoencoderKL | diffusers.AutoencoderKL,
+    vae: Autoencoder | diffusers.AutoencoderKL,
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -146,7 +185,7 @@ def keep_card(old: Path, fresh: Path) -> None:
         shutil.copy2(card, fresh / CARD_NAME)
 
 
-def to_diffusers(vae: AutoencoderKL) -> diffusers.AutoencoderKL:
+def to_diffusers(vae: Autoencoder) -> diffusers.AutoencoderKL:
     """The same autoencoder as diffusers' own class: a copy of the weights, on their device, in their dtype and mode.
 
     For everything that saves a whole pipeline, since diffusers loads pipelines only from libraries that it knows.
@@ -160,16 +199,17 @@ def to_diffusers(vae: AutoencoderKL) -> diffusers.AutoencoderKL:
     return stock.train(vae.training)
 
 
-def autoencoder_digest(vae: diffusers.ModelMixin) -> str:
+def autoencoder_digest(vae: Autoencoder | diffusers.ModelMixin, config: Mapping[str, Any] | None = None) -> str:
     """Identity of an autoencoder of any class: with equal digests, equal images have equal latents, up to rounding.
 
     Covers all weights as float32 in the order of their names, and all config fields but `sample_size` and
     `force_upcast`. Independent of device, memory format and storage, as long as the values are the same; a cast to half
     precision changes them, so take the digest before it.
-    Returns: "sha256:<hex>".
+    config: in the place of the configuration that it has. Returns: "sha256:<hex>".
     """
-    config = {field: _plain(value) for field, value in config_fields(vae.config).items() if field not in _NOT_IN_DIGEST}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    fields = config_fields(vae.config if config is None else config)
+    counting = {field: _plain(value) for field, value in fields.items() if field not in _NOT_IN_DIGEST}
+    digest = hashlib.sha256(json.dumps(counting, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
         # reshape copies only what lies in another order, such as channels_last

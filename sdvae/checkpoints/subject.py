@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.formats import CLASS_NAME
 from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import preferred_memory_format
+from sdvae.model.network import Autoencoder
 from sdvae.model.optimize import optimize
 from sdvae.model.posterior import DiagonalGaussian, Encoding
 
@@ -175,7 +176,7 @@ def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype
     return Subject(
         ref=name,
         model=model,
-        class_name=type(model).__name__,
+        class_name=CLASS_NAME if isinstance(model, Autoencoder) else type(model).__name__,
         digest=digest,
         device=device,
         dtype=dtype,
@@ -191,7 +192,7 @@ def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype
 
 def _prepared(model: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
     nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own `to` warns of a list that is empty
-    if isinstance(model, AutoencoderKL):
+    if isinstance(model, Autoencoder):
         optimize(model)
     model.to(memory_format=preferred_memory_format(device))
     return model.eval()  # type: ignore[no-any-return]

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["new_file", "planned_shards", "write_diffusers_folder", "write_ldm_file"]
 
-_CLASS_NAME = "AutoencoderKL"
 _LEFTOVER_AGE_S = 3600  # no save takes this long: an unfinished one of this age was killed
 
 
@@ -58,9 +57,7 @@ def write_diffusers_folder(
         raise CheckpointError(f"the VAE is not written, for its weights do not fit its configuration: {misfit}")
     if name := fit.first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not written: `{name}` has values that are not finite")
-    config = json.loads(vae.to_json_string()) | {"_class_name": _CLASS_NAME}
-    config.pop("_name_or_path", None)
-    config |= {NOTES_FIELD: dict(notes)} if notes else {}
+    config = fit.config_json(vae.config) | ({NOTES_FIELD: dict(notes)} if notes else {})
     _write_json(config, folder / CONFIG_NAME)
     _write_weights(folder, tensors, header_metadata(config, notes), variant, max_shard_size)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_network
 from sdvae.codec.options import RunOptions
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.latents.header import VaeRecord
-from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
+from sdvae.model.network import Autoencoder
 from sdvae.model.optimize import optimize
 
 __all__ = ["LoadedVae", "VaeRef", "open_vae"]
@@ -22,7 +22,7 @@ __all__ = ["LoadedVae", "VaeRef", "open_vae"]
 class LoadedVae:
     """A VAE that is ready to run."""
 
-    model: AutoencoderKL
+    model: Autoencoder
     record: VaeRecord
     device: torch.device
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class LoadedVae:
         return batch_pixels(self.device)
 
 
-VaeRef = str | Path | AutoencoderKL | LoadedVae | None
+VaeRef = str | Path | Autoencoder | LoadedVae | None
 
 
 def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
@@ -49,13 +49,13 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
     """
     if isinstance(vae, LoadedVae):
         return vae
-    if isinstance(vae, AutoencoderKL):
+    if isinstance(vae, Autoencoder):
         weight = next(vae.parameters())
         device, dtype = weight.device, weight.dtype
         model, digest, name = vae, autoencoder_digest(vae), str(vae.config.get("_name_or_path") or type(vae).__name__)
     else:
         device, dtype = choose_device(options.device), getattr(torch, options.dtype)
-        model = load_autoencoder(vae)
+        model = load_network(vae)
         digest, name = autoencoder_digest(model), BUNDLED_NAME if vae is None else str(vae)
         torch.nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own `to` warns of a list that is empty
     if (model.config.in_channels, model.config.out_channels) != (3, 3):
@@ -79,7 +79,7 @@ def open_vae(vae: VaeRef, options: RunOptions) -> LoadedVae:
     return LoadedVae(model=model, record=record, device=device, dtype=dtype)
 
 
-def _set_tiling(model: AutoencoderKL, options: RunOptions) -> None:
+def _set_tiling(model: Autoencoder, options: RunOptions) -> None:
     """Let a model take large images as the options say. Raises: ConfigError for tiles that cannot be."""
     if options.tiling == "off":
         model.disable_tiling()
@@ -92,7 +92,7 @@ def _set_tiling(model: AutoencoderKL, options: RunOptions) -> None:
         )
 
 
-def _per_channel(model: AutoencoderKL, field: str, name: str) -> tuple[float, ...] | None:
+def _per_channel(model: Autoencoder, field: str, name: str) -> tuple[float, ...] | None:
     """A field of the configuration with a number for each latent channel. Raises: CheckpointError."""
     values = model.config.get(field)
     if values is None:

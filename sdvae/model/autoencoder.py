@@ -1,22 +1,20 @@
-"""`AutoencoderKL`: our layers inside diffusers' model shell, so that any diffusers pipeline takes it.
+"""`AutoencoderKL`: our network inside diffusers' model shell, so that any diffusers pipeline takes it.
 
-The signature is the one home of the model's parameters and equals the stock class; every field is registered in
+The signature equals that of the stock class and the fields of `AutoencoderConfig`; every field is registered in
 config.json. Files are read and written strictly in `sdvae.checkpoints.store`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdvae._torchvision import ensure_torchvision_importable
-from sdvae.errors import ConfigError
-from sdvae.model.layers import Decoder, Encoder
+from sdvae.model.network import Autoencoder, AutoencoderConfig
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.strips.policy import TILING_MODES, execute
-from sdvae.model.tiling import blended_tiles
 
 ensure_torchvision_importable()
 
@@ -43,17 +41,13 @@ class DecoderOutput(BaseOutput):
     sample: Tensor
 
 
-class AutoencoderKL(ModelMixin, ConfigMixin):
-    """Convolutional autoencoder with a Gaussian latent: x (B, 3, H, W) in [-1, 1] <-> z (B, latent_channels, h, w).
+class AutoencoderKL(Autoencoder, ModelMixin, ConfigMixin):
+    """`Autoencoder` as a model of diffusers: x (B, 3, H, W) in [-1, 1] <-> z (B, latent_channels, h, w).
 
     Takes configuration and weights of diffusers' class of the same name, and gives the same numbers within rounding.
     z is never scaled here: `latents = (z - shift_factor) * scaling_factor` is left to whoever trains a diffusion model.
 
-    Arguments are the stock ones: `block_out_channels` has one width per level, and each level but the last halves the
-    image; `sample_size` sets the tile size of blended tiling; `force_upcast` tells pipelines that fp16 overflows;
-    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` are carried for the diffusion model.
-    Raises: ConfigError for block types, widths or groups that cannot be built.
-    Source: Rombach et al. 2022, appendix D; Kingma & Welling 2014.
+    Arguments are the stock ones; `AutoencoderConfig` says what they mean. Raises: ConfigError, as it does.
     """
 
     _supports_gradient_checkpointing = True
@@ -82,48 +76,31 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
     ) -> None:
-        super().__init__()
-        _check_blocks(down_block_types, up_block_types, block_out_channels, norm_num_groups)
-        shape = {
-            "block_out_channels": tuple(block_out_channels),
-            "layers_per_block": layers_per_block,
-            "groups": norm_num_groups,
-            "act_fn": act_fn,
-            "mid_block_add_attention": mid_block_add_attention,
-        }
-        self.encoder = Encoder(in_channels=in_channels, latent_channels=latent_channels, **shape)  # type: ignore[arg-type]
-        self.decoder = Decoder(latent_channels=latent_channels, out_channels=out_channels, **shape)  # type: ignore[arg-type]
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        # `register_to_config` has put the arguments there
+        super().__init__(AutoencoderConfig(**{name: self.config[name] for name in AutoencoderConfig()}))
 
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tiling_mode = "blended"  # or exact, auto; counts while use_tiling is set
-        self.max_memory_bytes: int | None = None  # for exact tiling, with what is in use already; None: what is free
-        self.use_fast_path = False  # set by `sdvae.optimize`: in strips where that is faster; equal to rounding
-        sample_size_px = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
-        self.tile_sample_min_size = sample_size_px
-        self.tile_latent_min_size = sample_size_px // self.spatial_compression_ratio
-        self.tile_overlap_factor = 0.25
+    # those of the shell, not of the network: registered fields, and weights that hooks move between devices
+    config, device, dtype = ConfigMixin.config, ModelMixin.device, ModelMixin.dtype
 
-    @property
-    def spatial_compression_ratio(self) -> int:
-        """H / h: pixels per latent position, along one side."""
-        return int(2 ** (len(self.config.block_out_channels) - 1))
+    if TYPE_CHECKING:  # what the shell adds
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
+    def encode(  # type: ignore[override]
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
         """Posterior of z for a batch of images.
 
         x: (B, in_channels, H, W), [-1, 1]. Sides that are no multiple of the compression ratio lose their rest.
         Returns: an output whose `latent_dist` has moments (B, 2 * latent_channels, h, w); with return_dict=False a
         1-tuple of the posterior.
         """
-        posterior = DiagonalGaussian(self._over_batch(self._encode, x))
+        posterior = super().encode(x).latent_dist
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(
+    def decode(  # type: ignore[override]
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Images for a batch of z (not scaled latents).
@@ -131,7 +108,7 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
         z: (B, latent_channels, h, w). generator: accepted because pipelines pass it; decoding draws nothing.
         Returns: an output whose `sample` is (B, out_channels, H, W), not clamped, or with return_dict=False a 1-tuple.
         """
-        recon = self._over_batch(self._decode, z)
+        recon = super().decode(z).sample
         return DecoderOutput(sample=recon) if return_dict else (recon,)
 
     def forward(
@@ -145,113 +122,6 @@ class AutoencoderKL(ModelMixin, ConfigMixin):
 
         sample: x, (B, in_channels, H, W), [-1, 1]. Returns: as `decode`.
         """
-        posterior = self.encode(sample).latent_dist
+        posterior = self.encode(sample).latent_dist  # type: ignore[union-attr]
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        if self._blends and max(x.shape[-2:]) > self.tile_sample_min_size:
-            return self._tiled(self._moments, x, self.tile_sample_min_size, self.tile_latent_min_size)
-        return self._moments(x)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        if self._blends and max(z.shape[-2:]) > self.tile_latent_min_size:
-            return self._tiled(self._recon, z, self.tile_latent_min_size, self.tile_sample_min_size)
-        return self._recon(z)
-
-    @property
-    def _blends(self) -> bool:
-        return self.use_tiling and self.tiling_mode == "blended"
-
-    def _moments(self, x: Tensor) -> Tensor:
-        h = self._run(self.encoder, x)
-        return h if self.quant_conv is None else self.quant_conv(h)
-
-    def _recon(self, z: Tensor) -> Tensor:
-        return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
-
-    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
-        mode = self.tiling_mode if self.use_tiling and not self._blends else "off"
-        return execute(network, x, fast=self.use_fast_path, mode=mode, max_bytes=self.max_memory_bytes)
-
-    def _tiled(self, function, x: Tensor, tile: int, out_tile: int) -> Tensor:  # type: ignore[no-untyped-def]
-        stride = int(tile * (1 - self.tile_overlap_factor))
-        blend = int(out_tile * self.tile_overlap_factor)
-        return blended_tiles(function, x, tile, stride, out_stride=out_tile - blend, blend=blend)
-
-    def _over_batch(self, function, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([function(image) for image in x.split(1)])
-        return function(x)  # type: ignore[no-any-return]
-
-    def enable_slicing(self) -> None:
-        """Run the images of a batch one by one, for less memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Run a batch in one pass (the default)."""
-        self.use_slicing = False
-
-    def enable_tiling(
-        self,
-        mode: str = "blended",
-        *,
-        max_memory_bytes: int | None = None,
-        tile_size_px: int | None = None,
-        overlap: float | None = None,
-    ) -> None:
-        """Less memory for large images.
-
-        mode: blended: images larger than a tile run in blended tiles, as diffusers does; approximate. exact: in strips,
-            with the result of one pass, to rounding; without gradients. auto: in one pass, and exactly in strips where
-            that does not fit into memory.
-        max_memory_bytes: of exact and auto, with what is in use already: by the process on a CPU, by tensors elsewhere;
-            None: what is free.
-        tile_size_px, overlap: of blended tiles; a multiple of the compression ratio, and the share of a tile, below 1,
-            that two tiles have in common. None: `sample_size`, and 0.25, as diffusers.
-        Raises: ConfigError.
-        """
-        if mode not in TILING_MODES or mode == "off":
-            raise ConfigError(f"tiling is '{mode}'; expected blended, exact or auto")
-        if mode == "blended" and max_memory_bytes is not None:
-            raise ConfigError("blended tiling is given max_memory_bytes; its memory is decided by tile_size_px")
-        if mode != "blended" and (tile_size_px, overlap) != (None, None):
-            raise ConfigError(
-                f"{mode} tiling is given a tile size or overlap; it has no tiles to choose: leave them out"
-            )
-        if tile_size_px is not None:
-            if tile_size_px < 1 or tile_size_px % self.spatial_compression_ratio:
-                raise ConfigError(
-                    f"tile_size_px is {tile_size_px}; expected a multiple of {self.spatial_compression_ratio}"
-                )
-            self.tile_sample_min_size = tile_size_px
-            self.tile_latent_min_size = tile_size_px // self.spatial_compression_ratio
-        if overlap is not None:
-            if not 0 <= overlap < 1 or int(self.tile_latent_min_size * (1 - overlap)) < 1:
-                raise ConfigError(
-                    f"overlap is {overlap}; expected 0 to below 1, with a latent position left of each tile"
-                )
-            self.tile_overlap_factor = overlap
-        self.use_tiling, self.tiling_mode, self.max_memory_bytes = True, mode, max_memory_bytes
-
-    def disable_tiling(self) -> None:
-        """Run images of any size in one pass (the default)."""
-        self.use_tiling, self.tiling_mode, self.max_memory_bytes = False, "blended", None
-
-
-def _check_blocks(
-    down_block_types: tuple[str, ...], up_block_types: tuple[str, ...], widths: tuple[int, ...], groups: int
-) -> None:
-    for field, types, known in (
-        ("down_block_types", down_block_types, "DownEncoderBlock2D"),
-        ("up_block_types", up_block_types, "UpDecoderBlock2D"),
-    ):
-        if set(types) != {known}:
-            raise ConfigError(f"{field} is {list(types)}; this autoencoder is built from '{known}' only")
-        if len(types) != len(widths):
-            raise ConfigError(
-                f"{field} names {len(types)} levels, but block_out_channels has {len(widths)}: "
-                f"{list(widths)}; give one block type per width"
-            )
-    if bad := [width for width in widths if width % groups]:
-        raise ConfigError(f"block_out_channels {bad} cannot be divided into norm_num_groups = {groups} equal groups")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from sdvae.errors import ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import compile_settings, preferred_memory_format
+from sdvae.model.network import Autoencoder
+
+if TYPE_CHECKING:
+    from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["optimize"]
 
@@ -18,7 +21,7 @@ T = TypeVar("T")
 _SWITCHES = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 
 
-def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
+def optimize(model: T, *, compile: bool = False) -> T | Autoencoder:
     """Make a pipeline, or an autoencoder on its own, faster.
 
     On a CPU, in float32 and without gradients, encoding and decoding then run in strips of rows with fewer
@@ -44,8 +47,8 @@ def optimize(model: T, *, compile: bool = False) -> T | AutoencoderKL:
     return model
 
 
-def _optimized(vae: Any, name: str, compile: bool) -> AutoencoderKL:
-    ours = vae if isinstance(vae, AutoencoderKL) else _shared(vae, name)
+def _optimized(vae: Any, name: str, compile: bool) -> Autoencoder:
+    ours = vae if isinstance(vae, Autoencoder) else _shared(vae, name)
     weights = next(ours.parameters())
     ours.use_fast_path = True
     memory_format = preferred_memory_format(weights.device)
@@ -53,12 +56,14 @@ def _optimized(vae: Any, name: str, compile: bool) -> AutoencoderKL:
         mode, memory_format = compile_settings(weights.device, weights.dtype)
         ours.encoder.compile(dynamic=False, mode=mode)
         ours.decoder.compile(dynamic=False, mode=mode)
-    return ours.to(memory_format=memory_format)  # type: ignore[no-any-return]
+    return ours.to(memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
 
 def _shared(stock: Any, name: str) -> AutoencoderKL:
     """Our class around the tensors of diffusers' one."""
     from diffusers import AutoencoderKL as StockAutoencoderKL
+
+    from sdvae.model.autoencoder import AutoencoderKL
 
     if type(stock) is not StockAutoencoderKL:
         raise ConfigError(

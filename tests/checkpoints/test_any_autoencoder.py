@@ -17,7 +17,7 @@ from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path
 from sdvae.errors import CheckpointError, MissingWeightsError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -90,7 +90,7 @@ def test_an_autoencoder_kl_is_ours_in_every_place_that_a_reference_can_name(vae_
     shutil.copytree(vae_path, tmp_path / "pipeline" / "vae")
     places = [vae_path, vae_path / WEIGHTS, tmp_path / "pipeline"]
     models = [load_any_autoencoder(place) for place in places]
-    assert {type(model) for model in models} == {AutoencoderKL}
+    assert {type(model) for model in models} == {Autoencoder}
     assert len({autoencoder_digest(model) for model in models}) == 1
     assert autoencoder_digest(load_any_autoencoder(None)) == autoencoder_digest(load_any_autoencoder(bundled_path()))
 

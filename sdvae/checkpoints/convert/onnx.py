@@ -33,8 +33,8 @@ from sdvae.checkpoints.formats import CONFIG_NAME
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
-from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.layers import GroupNorm
+from sdvae.model.network import Autoencoder
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -121,7 +121,7 @@ class OnnxReport:
 
 
 class _EncoderGraph(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
@@ -133,7 +133,7 @@ class _EncoderGraph(nn.Module):
 
 
 class _DecoderGraph(nn.Module):
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
 
@@ -144,7 +144,7 @@ class _DecoderGraph(nn.Module):
 
 
 def export_onnx(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -206,7 +206,7 @@ def _require_packages() -> str:
     return str(onnxruntime.__version__)
 
 
-def _metadata(vae: AutoencoderKL, fields: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(vae: Autoencoder, fields: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, str]:
     """What a model's file says about itself; values are JSON, but for names."""
     metadata = {
         "sdvae.version": __version__,
@@ -217,13 +217,12 @@ def _metadata(vae: AutoencoderKL, fields: Mapping[str, Any], notes: Mapping[str,
     return metadata | ({"sdvae.notes": json.dumps(dict(notes), sort_keys=True)} if notes else {})
 
 
-def _copy(vae: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+def _copy(vae: Autoencoder, dtype: torch.dtype) -> Autoencoder:
     """The VAE on the CPU, in torch's default memory layout, with torch's own GroupNorm.
 
     Ours asks for the size of the image, which would be a condition on sizes in the trace.
     """
-    with torch.device("meta"):
-        copy: AutoencoderKL = AutoencoderKL(**fit.config_fields(vae.config))
+    copy = fit.build(fit.config_fields(vae.config), "configuration")
     tensors = {name: t.detach().to(device="cpu", dtype=dtype).contiguous() for name, t in vae.state_dict().items()}
     if name := fit.first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not exported: `{name}` has values that are not finite as {dtype}")
@@ -339,7 +338,7 @@ def _write(model: onnx_ir.Model, folder: Path, fields: Mapping[str, Any], notes:
         raise CheckpointError(f"{folder / MODEL_NAME}: onnx's own checker refuses the model: {error}") from error
 
 
-def check_part(vae: AutoencoderKL, folder: Path, part: str, dtype: torch.dtype) -> OnnxPart:
+def check_part(vae: Autoencoder, folder: Path, part: str, dtype: torch.dtype) -> OnnxPart:
     """Run a model that was written in onnxruntime, and torch beside it, at three sizes and batches.
 
     vae: in float32. part: `encoder` or `decoder`. dtype: of the model.
@@ -384,7 +383,7 @@ def _session(path: Path) -> Any:
         raise CheckpointError(f"{path}: onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
 
 
-def _compare(vae: AutoencoderKL, session: Any, part: str, dtype: torch.dtype, size: tuple[int, int, int]) -> OnnxCheck:
+def _compare(vae: Autoencoder, session: Any, part: str, dtype: torch.dtype, size: tuple[int, int, int]) -> OnnxCheck:
     batch, height, width = size
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, vae.config.in_channels, height, width, generator=generator).mul_(2).sub_(1).to(dtype)

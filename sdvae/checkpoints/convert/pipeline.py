@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.checkpoints.convert.verify import full_config
-from sdvae.checkpoints.formats import CONFIG_NAME, SCALE_FIELDS, read_json, some
+from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, SCALE_FIELDS, read_json, some
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import why_no_vae_folder
 from sdvae.errors import CheckpointError, ConfigError
@@ -25,7 +25,6 @@ __all__ = ["INDEX_NAME", "Pipeline", "read_pipeline"]
 INDEX_NAME = "model_index.json"
 _VAE = "vae"  # name of the component, and of its folder
 _VAE_ENTRY = ["diffusers", "AutoencoderKL"]  # library and class, as diffusers looks them up
-_CLASS_NAME = "AutoencoderKL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +135,9 @@ def read_pipeline(folder: Path) -> Pipeline:
         raise CheckpointError(f"{folder}: not a diffusers pipeline: no {INDEX_NAME} in it")
     index = read_json(index_path)
     entry = index.get(_VAE)
-    if not isinstance(entry, list) or len(entry) != 2 or entry[1] != _CLASS_NAME:
+    if not isinstance(entry, list) or len(entry) != 2 or entry[1] != CLASS_NAME:
         raise CheckpointError(
-            f"{index_path}: `{_VAE}` is {json.dumps(entry)}; only a pipeline whose VAE is an {_CLASS_NAME} can have it "
+            f"{index_path}: `{_VAE}` is {json.dumps(entry)}; only a pipeline whose VAE is an {CLASS_NAME} can have it "
             f"replaced by another"
         )
     config_path = folder / _VAE / CONFIG_NAME

@@ -35,7 +35,7 @@ from sdvae.checkpoints.rewrite.fold_scale import FoldCheck
 from sdvae.checkpoints.store import keep_card
 from sdvae.checkpoints.write import planned_shards, write_diffusers_folder, write_ldm_file
 from sdvae.errors import CheckpointError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "write_diffusers_folder"]
 
@@ -150,7 +150,7 @@ def _verify(work: Work, path: Path, options: ConvertOptions) -> Verification:
     return _compared(work, result.tensors, build(result.tensors, result.fields), options)
 
 
-def _compared(work: Work, tensors: Mapping[str, Tensor], vae: AutoencoderKL, options: ConvertOptions) -> Verification:
+def _compared(work: Work, tensors: Mapping[str, Tensor], vae: Autoencoder, options: ConvertOptions) -> Verification:
     comparisons = compare(work.source_vae, vae, {tensor.dtype for tensor in tensors.values()})
     if failed := [comparison for comparison in comparisons if not comparison.passed]:
         said = "; ".join(f"{c.name} by {c.max_abs_error:.3g}, allowed {c.tolerance:.3g}" for c in failed)

@@ -6,7 +6,6 @@ its weights can be compared with the one before.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from sdvae.checkpoints import fit
 from sdvae.checkpoints.formats import some
 from sdvae.checkpoints.rewrite.fold_scale import latents_affine
 from sdvae.errors import CheckpointError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 
 __all__ = [
     "TOLERANCES",
@@ -76,7 +75,7 @@ class Verification:
 # Building and configuration
 
 
-def build(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> AutoencoderKL:
+def build(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Autoencoder:
     """An autoencoder in float32 on the CPU, in eval mode, with weights of its own."""
     vae = fit.build(fields, "configuration")
     copies = {name: tensor.to(dtype=torch.float32, copy=True) for name, tensor in tensors.items()}
@@ -87,8 +86,7 @@ def build(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Autoencod
 
 def full_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Every field as config.json spells it: those given, and the defaults of the others."""
-    parameters = list(inspect.signature(AutoencoderKL.__init__).parameters.values())[1:]
-    values = {parameter.name: fields.get(parameter.name, parameter.default) for parameter in parameters}
+    values = {name: fields.get(name, default) for name, default in fit.DEFAULTS.items()}
     return json.loads(json.dumps(values))  # type: ignore[no-any-return]  # tuples become lists
 
 
@@ -211,7 +209,7 @@ def ldm_shapes(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def compare(source: AutoencoderKL, result: AutoencoderKL, dtypes: Iterable[torch.dtype]) -> tuple[Comparison, ...]:
+def compare(source: Autoencoder, result: Autoencoder, dtypes: Iterable[torch.dtype]) -> tuple[Comparison, ...]:
     """Encode one picture and decode the same latents with both autoencoders, and measure how far apart they are.
 
     Inputs are seeded: a picture of smooth noise, and latents of which half are the source's own, half normal draws.
@@ -237,7 +235,7 @@ def _comparison(name: str, found: Tensor, expected: Tensor, tolerance: float) ->
 class _Scaled:
     """An autoencoder seen from the side of a diffusion model."""
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         self.vae = vae
         mean, gain = latents_affine(vae.config, vae.config["latent_channels"])
         self.shift, self.scale = (values.float().view(1, -1, 1, 1) for values in (mean, gain))
@@ -255,7 +253,7 @@ class _Scaled:
         return recon
 
 
-def _picture(vae: AutoencoderKL) -> Tensor:
+def _picture(vae: Autoencoder) -> Tensor:
     """A seeded picture with large shapes and fine grain. Returns: (1, in_channels, H, H), [-1, 1]."""
     side = max(_SIDE_LATENTS * vae.spatial_compression_ratio, 32)
     generator = torch.Generator().manual_seed(_SEED)

@@ -23,7 +23,7 @@ from sdvae.checkpoints.read import BUNDLED_NAME, Checkpoint, read_checkpoint
 from sdvae.checkpoints.rewrite.fold_scale import FoldCheck, check_fold, fold_scale
 from sdvae.checkpoints.store import autoencoder_digest
 from sdvae.errors import CheckpointError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 
 __all__ = ["public_name", "Work", "dtype_names", "ldm_tensors", "prepare"]
 
@@ -38,7 +38,7 @@ class Work:
 
     name: str
     source: Checkpoint
-    source_vae: AutoencoderKL  # float32
+    source_vae: Autoencoder  # float32
     digest: str
     tensors: Mapping[str, Tensor]  # as they are to be written, under diffusers' names
     fields: Mapping[str, Any]
@@ -114,7 +114,7 @@ def _folded(
     return tensors, full_config(folded)
 
 
-def _measured_fold(old: AutoencoderKL, new: AutoencoderKL, images: Path | None) -> FoldCheck:
+def _measured_fold(old: Autoencoder, new: Autoencoder, images: Path | None) -> FoldCheck:
     """Compare the VAE before and after, in float32, on photographs. Raises: CheckpointError where it is not exact."""
     from sdvae.data.images import image_to_x, read_image
     from sdvae.data.sources.files import find_images

@@ -9,7 +9,6 @@ Letters: C latent channels; k and d the gain and offset of z' = k * z + d, per c
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.fit import DEFAULTS
 from sdvae.checkpoints.formats import SCALE_FIELDS
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 from sdvae.model.posterior import LOGVAR_MAX, LOGVAR_MIN
 
 __all__ = ["FoldCheck", "check_fold", "fold_problem", "fold_scale", "latents_affine", "rounded"]
@@ -137,7 +137,7 @@ class FoldCheck:
 
 
 @torch.inference_mode()
-def check_fold(old: AutoencoderKL, new: AutoencoderKL, x: Tensor) -> FoldCheck:
+def check_fold(old: Autoencoder, new: Autoencoder, x: Tensor) -> FoldCheck:
     """Encode and decode images with a VAE and with the one that `fold_scale` made of it, and compare.
 
     Each is used with the scale that its own config states. Both decode the latents of `old`.
@@ -227,8 +227,7 @@ def _identity(name: str, channels: int, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _defaults() -> dict[str, Any]:
-    parameters = inspect.signature(AutoencoderKL.__init__).parameters
-    return {n: parameters[n].default for n in SCALE_FIELDS}
+    return {name: DEFAULTS[name] for name in SCALE_FIELDS}
 
 
 def _number(name: str, value: Any, positive: bool = False) -> float:
