@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdvae.calibration.result import Calibration, Failure, Present
-from sdvae.checkpoints.subject import Subject, open_subject
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.prefetch import default_workers, group_by_shape, read_ahead
 from sdvae.data.sources.files import ImageFile, choose_images, find_images, os_reason
@@ -154,7 +154,7 @@ def calibrate(
     )
     found = find_images(images) if isinstance(images, (str, Path)) else list(images)
     files = choose_images(found, options.max_images)
-    subject = open_subject(vae, choose_device(options.device), getattr(torch, options.dtype))
+    subject = open_any_vae(vae, choose_device(options.device), getattr(torch, options.dtype))
     started = time.perf_counter()
     tally = _Tally(on_progress or (lambda finished, total: None), len(files))
     moments, has_posterior, warnings = _measure(subject, files, options, tally)
@@ -162,9 +162,9 @@ def calibrate(
         first = f": {tally.failures[0].key}: {tally.failures[0].reason}" if tally.failures else ""
         raise ImageError(f"{images}: none of {len(files)} images could be used{first}")
     if not moments.varies.any():
-        raise CheckpointError(f"{subject.ref}: its latents are the same everywhere, so no scale makes their std 1")
+        raise CheckpointError(f"{subject.name}: its latents are the same everywhere, so no scale makes their std 1")
     return Calibration(
-        vae=subject.ref,
+        vae=subject.name,
         vae_digest=subject.digest,
         class_name=subject.class_name,
         source=str(images) if isinstance(images, (str, Path)) else f"{len(found)} files",
@@ -186,23 +186,17 @@ def calibrate(
     )
 
 
-def _present(subject: Subject, moments: LatentMoments) -> Present:
-    scale: Array | float = subject.scaling_factor
-    shift: Array | float = subject.shift_factor or 0.0
-    if subject.latents_mean is not None and subject.latents_std is not None:
-        scale, shift = scale / np.asarray(subject.latents_std), np.asarray(subject.latents_mean)
+def _present(subject: OpenedVae, moments: LatentMoments) -> Present:
+    shift, scale = (each.squeeze().numpy() for each in subject.scale.affine())  # (C,) or ()
     return Present(
-        scaling_factor=subject.scaling_factor,
-        shift_factor=subject.shift_factor,
-        latents_mean=subject.latents_mean,
-        latents_std=subject.latents_std,
+        **asdict(subject.scale),
         std=moments.std(scale, shift),
         mean=moments.common_mean(scale, shift),
     )
 
 
 def _measure(
-    subject: Subject, files: Sequence[ImageFile], options: CalibrateOptions, tally: _Tally
+    subject: OpenedVae, files: Sequence[ImageFile], options: CalibrateOptions, tally: _Tally
 ) -> tuple[LatentMoments, bool, list[str]]:
     """Returns: the moments, whether there were posteriors, and warnings about the run."""
     moments = LatentMoments(subject.latent_channels)
@@ -244,7 +238,7 @@ def _pixels(loaded: _Loaded) -> int:
 class _Encoder:
     """Encodes batches; one that fails is tried again image by image, so that only the bad ones are lost."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: OpenedVae) -> None:
         self._subject = subject
         self._singly = False  # once memory ran out, the next large batch would only fail again
         self.warnings: list[str] = []

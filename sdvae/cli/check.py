@@ -116,11 +116,11 @@ def check_command(
         return
     import torch
 
-    from sdvae.checkpoints.subject import open_subject
+    from sdvae.checkpoints.opened import open_any_vae
     from sdvae.model.device import choose_device
     from sdvae.precision.audit import audit
 
-    subject = open_subject(vae, choose_device(device), torch.float32)
+    subject = open_any_vae(vae, choose_device(device), torch.float32)
     failures: list[FileReason] = []
     with progress("check") as on_progress:
         found = audit(subject, read_pixels(files, size_px, failures, on_progress), probe_size_px=probe_size_px)

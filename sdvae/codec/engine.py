@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdvae.codec.loading import LoadedVae
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.plan import Item, Plan, reason_without_path
 from sdvae.codec.reports import FileReason
@@ -92,15 +92,15 @@ class Tally:
             self.finished = max(self.finished, self.done + len(self.failures) + len(self.held))
             self.on_progress(self.finished, self.total)
 
-    def to_fields(self, plan: Plan, out: Path, vae: LoadedVae) -> dict[str, Any]:
+    def to_fields(self, plan: Plan, out: Path, vae: OpenedVae) -> dict[str, Any]:
         """The fields of a `CodecReport`."""
         failures = self.failures + [_about(item, item.reason) for item in plan.failures]
         return {
             "out": str(out),
-            "vae": vae.record.name,
-            "vae_digest": vae.record.digest,
+            "vae": vae.name,
+            "vae_digest": vae.digest,
             "device": str(vae.device),
-            "dtype": vae.record.dtype,
+            "dtype": vae.dtype_name,
             "done": self.done,
             "skipped": len(plan.skips),
             "failed": len(failures),

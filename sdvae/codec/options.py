@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from sdvae.data.prefetch import default_workers
 from sdvae.errors import ConfigError
@@ -83,6 +84,17 @@ class RunOptions:
     @property
     def max_memory_bytes(self) -> int | None:
         return None if self.max_memory is None else parse_bytes(self.max_memory)
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """Keyword arguments of `open_vae`."""
+        tiling = {
+            "mode": self.tiling,
+            "max_memory_bytes": self.max_memory_bytes,
+            "tile_size_px": self.tile_size,
+            "overlap": self.tile_overlap,
+        }
+        return {"device": self.device, "dtype": self.dtype, "tiling": None if self.tiling == "off" else tiling}
 
     @property
     def part(self) -> Part | None:

@@ -20,10 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import OnProgress, Tally
 from sdvae.codec.listing import ListedFile
-from sdvae.codec.loading import VaeRef, open_vae
 from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
 from sdvae.codec.plan import Item, Plan
 from sdvae.codec.run import ImageEncoder
@@ -54,10 +54,10 @@ class _Worker:
         self.encoder: ImageEncoder | None = None
         self.error: SdvaeError | None = None
         try:
-            loaded = open_vae(vae, options)
-            if loaded.record.digest != expected.digest:
+            loaded = open_vae(vae, **options.opening)
+            if loaded.digest != expected.digest:
                 raise ConfigError(f"{expected.name}: a worker finds another VAE there than this process does")
-            self.encoder = ImageEncoder(out, options, replace(loaded, record=expected))
+            self.encoder = ImageEncoder(out, options, loaded, expected)
         except SdvaeError as error:  # told with the first block: Ray would try for ever to start a worker that raises
             self.error = error
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
+from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import read_pixels
 from sdvae.data.images import image_to_x
@@ -62,37 +63,36 @@ def short_digest(digest: str) -> str:
     return digest[:19]
 
 
-def open_recorded_vae(settings: CacheSettings, vae: VaeRef, device: str) -> LoadedVae:
+def open_recorded_vae(settings: CacheSettings, vae: VaeRef, device: str) -> OpenedVae:
     """The VAE to compare a cache with, in the dtype of the cache: `vae`, or where that is None the one of its name.
 
     Raises: ConfigError or CheckpointError where it is not there, or the name stands for another one now.
     """
     record = settings.vae
-    options = EncodeOptions(
-        device=device,
-        dtype=record.dtype,
-        tiling="auto" if record.tile_size_px is None else "blended",
-        tile_size=record.tile_size_px,
-        tile_overlap=record.tile_overlap,
-    )
+    tiles = {"mode": "blended", "tile_size_px": record.tile_size_px, "overlap": record.tile_overlap}
+    opening: dict[str, Any] = {
+        "device": device,
+        "dtype": record.dtype,
+        "tiling": {"mode": "auto"} if record.tile_size_px is None else tiles,
+    }
     if vae is not None:
-        return open_vae(vae, options)
+        return open_vae(vae, **opening)
     try:
-        loaded = open_vae(record.name, options)
+        loaded = open_vae(record.name, **opening)
     except (MissingWeightsError, ConfigError) as error:
         raise ConfigError(
             f"the VAE '{record.name}' ({short_digest(record.digest)}) that made the cache is not found from here: "
             "give it with --vae"
         ) from error
-    if loaded.record.digest != record.digest:
+    if loaded.digest != record.digest:
         raise CheckpointError(
             f"'{record.name}' is no longer the VAE that made the cache ({short_digest(record.digest)}, now "
-            f"{short_digest(loaded.record.digest)}): give the right one with --vae"
+            f"{short_digest(loaded.digest)}): give the right one with --vae"
         )
     return loaded
 
 
-def reencode(latent: StoredLatent, image: ImageFile, loaded: LoadedVae) -> tuple[Reencoding, str]:
+def reencode(latent: StoredLatent, image: ImageFile, loaded: OpenedVae) -> tuple[Reencoding, str]:
     """Compare all tensors of a latent with those that its image gives now.
 
     Returns: the comparison of the tensor that lies furthest off, and the name of that one.
@@ -138,7 +138,7 @@ def _expected(
 
 
 def _encode(
-    image: ImageFile, header: LatentHeader, loaded: LoadedVae, mirrored: bool
+    image: ImageFile, header: LatentHeader, loaded: OpenedVae, mirrored: bool
 ) -> tuple[DiagonalGaussian, DiagonalGaussian | None]:
     """The posteriors of an image, prepared as a latent's header says, and of its mirror image where that is asked for.
 
@@ -152,7 +152,7 @@ def _encode(
         max_pixels=max(1, header.source.width * header.source.height),  # it was accepted once
     )
     pixels = read_pixels(image.content(), options, str(image.path), jpeg_margin=done.jpeg_margin).pixels
-    x, _ = pad_to_multiple(image_to_x(pixels), loaded.record.spatial_compression_ratio)
+    x, _ = pad_to_multiple(image_to_x(pixels), loaded.spatial_compression_ratio)
     batch = x[None].to(loaded.device, loaded.dtype).to(memory_format=loaded.memory_format)  # (1, 3, H, W)
 
     def posterior(x: Tensor) -> DiagonalGaussian:

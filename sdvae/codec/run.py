@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae._version import __version__
+from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import Member, OnProgress, Tally, carry_out, prepare_folder
 from sdvae.codec.listing import CacheListing, ListedFile
-from sdvae.codec.loading import LoadedVae, VaeRef, open_vae
 from sdvae.codec.merging import merge_finished_parts
 from sdvae.codec.options import SHARDED_FORMATS, DecodeOptions, EncodeOptions
 from sdvae.codec.plan import Item, LatentSource, Plan, find_latents, mark_for, plan_decode, plan_encode, why_no_bucket
@@ -43,6 +43,7 @@ from sdvae.latents.kohya import CHANNELS, RATIO, SCALING_FACTORS, mirrored_key
 from sdvae.latents.parquet import check_installed
 from sdvae.latents.safetensors import LatentFile
 from sdvae.model.posterior import DiagonalGaussian, image_generator
+from sdvae.model.scale import LatentScale
 
 __all__ = ["DecodeRun", "EncodeRun", "ImageEncoder", "PreparedImage", "decode_folder", "encode_folder", "read_pixels"]
 
@@ -53,11 +54,12 @@ class ImageEncoder:
     Raises: ConfigError where the format cannot hold what this VAE and these options give.
     """
 
-    def __init__(self, out: Path, options: EncodeOptions, vae: LoadedVae) -> None:
+    def __init__(self, out: Path, options: EncodeOptions, vae: OpenedVae, record: VaeRecord | None = None) -> None:
         _check_format(options, vae)
         self.out = out
         self.options = options
         self.vae = vae
+        self.record = record or VaeRecord.of(vae)
         self.preprocessing = Preprocessing(
             version=PREPROCESSING_VERSION,
             background=options.background,
@@ -90,7 +92,7 @@ class ImageEncoder:
         digest = file.digest()
         image = read_pixels(file.content(), self.options, str(item.source))
         pixels = image.pixels
-        x, padding = pad_to_multiple(image_to_x(pixels), self.vae.record.spatial_compression_ratio)
+        x, padding = pad_to_multiple(image_to_x(pixels), self.vae.spatial_compression_ratio)
         if self.options.format == "kohya-npz" and (reason := why_no_bucket(pixels.shape[1], pixels.shape[0])):
             raise ImageError(f"{item.source}: {reason}")  # it changed since the plan, which refuses such images
         header = LatentHeader(
@@ -109,7 +111,7 @@ class ImageEncoder:
             image=Size(width=pixels.shape[1], height=pixels.shape[0]),
             padding=Padding(**asdict(padding)),
             preprocessing=self.preprocessing,
-            vae=self.vae.record,
+            vae=self.record,
             notes=image.notes,
             sdvae_version=__version__,
         )
@@ -167,9 +169,9 @@ class EncodeRun:
         if self._on_ray:
             _check_ray(vae)
         self._ref = vae
-        self.vae = open_vae(vae, replace(self.options, device="cpu") if self._on_ray else self.options)
+        self.vae = open_vae(vae, **self.options.opening | ({"device": "cpu"} if self._on_ray else {}))
         self.encoder = ImageEncoder(self.out, self.options, self.vae)
-        self.plan = plan_encode(images, self.out, self.options, self.encoder.preprocessing, self.vae.record)
+        self.plan = plan_encode(images, self.out, self.options, self.encoder.preprocessing, self.encoder.record)
 
     def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
         """Encode what the plan says. Raises: SdvaeError where the disk is full."""
@@ -184,7 +186,7 @@ class EncodeRun:
                 listing.close(written, complete=False, num_failed=0)
             raise
         if self.options.format == "kohya-npz":
-            tally.warnings += _scale_warnings(self.vae.record, self.options.trainer_suffix)
+            tally.warnings += _scale_warnings(self.vae.scale, self.options.trainer_suffix)
         fields = tally.to_fields(self.plan, self.out, self.vae) | {"device": device}
         manifest = listing.close(written, complete=True, num_failed=fields["failed"])
         if self.options.part is not None:
@@ -200,7 +202,9 @@ class EncodeRun:
         if self._on_ray:
             from sdvae.codec.ray import encode_on_ray
 
-            return encode_on_ray(self.plan, self.out, self.options, self._ref, self.vae.record, written, on_progress)
+            return encode_on_ray(
+                self.plan, self.out, self.options, self._ref, self.encoder.record, written, on_progress
+            )
         writer = CacheWriter(self.out, self.options.format, self.plan.jobs, written)
         return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
 
@@ -222,8 +226,9 @@ class DecodeRun:
         self.options = options or DecodeOptions()
         self.out = Path(out)
         files = find_latents(latents) if isinstance(latents, (str, Path)) else latents
-        self.vae = open_vae(vae, self.options)
-        self.plan = plan_decode(files, self.out, self.options, self.vae.record)
+        self.vae = open_vae(vae, **self.options.opening)
+        self.record = VaeRecord.of(self.vae)
+        self.plan = plan_decode(files, self.out, self.options, self.record)
 
     def run(self, on_progress: OnProgress | None = None) -> DecodeReport:
         """Decode what the plan says. Raises: SdvaeError where the disk is full."""
@@ -242,12 +247,11 @@ class DecodeRun:
 
     def _read(self, item: Item) -> Member:
         file = LatentFile.read(item.source)
-        z, config = file.z(), self.vae.model.config
-        ratio = self.vae.record.spatial_compression_ratio
-        if (z.shape[0], file.header.vae.spatial_compression_ratio) != (config.latent_channels, ratio):
+        z, channels, ratio = file.z(), self.vae.latent_channels, self.vae.spatial_compression_ratio
+        if (z.shape[0], file.header.vae.spatial_compression_ratio) != (channels, ratio):
             raise LatentFileError(
                 f"{item.source}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
-                f"this VAE decodes {config.latent_channels} at {ratio}"
+                f"this VAE decodes {channels} at {ratio}"
             )
         return Member(item, z, file.header)
 
@@ -259,7 +263,7 @@ class DecodeRun:
     def _write(self, member: Member, recon: Tensor) -> None:
         item, header = member.item, member.header
         pixels = x_to_image(unpad(recon.cpu(), header.image.height, header.image.width))
-        save_marked(pixels, item.output, mark_for(item.key, header, self.options, self.vae.record))
+        save_marked(pixels, item.output, mark_for(item.key, header, self.options, self.record))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -420,30 +424,30 @@ def _check_ray(vae: VaeRef) -> None:
         raise ConfigError("engine ray loads the VAE in every worker: give its folder, file or hub id, not a loaded one")
 
 
-def _check_format(options: EncodeOptions, vae: LoadedVae) -> None:
+def _check_format(options: EncodeOptions, vae: OpenedVae) -> None:
     """Raises: ConfigError where the format cannot hold what this VAE and these options give."""
     if options.format == "parquet":
         check_installed()
     if options.format != "kohya-npz":
         return
-    channels, ratio = vae.model.config.latent_channels, vae.record.spatial_compression_ratio
+    channels, ratio = vae.latent_channels, vae.spatial_compression_ratio
     if (channels, ratio) != (CHANNELS, RATIO):
         raise ConfigError(
             f"kohya's SD and SDXL trainers take latents of {CHANNELS} channels at {RATIO} px per position; "
-            f"{vae.record.name} has {channels} at {ratio}: choose another --format"
+            f"{vae.name} has {channels} at {ratio}: choose another --format"
         )
     if options.size is not None and options.crop != "none" and options.size % RATIO:
         raise ConfigError(f"size is {options.size}; kohya's buckets are multiples of {RATIO} px, most often of 64")
 
 
-def _scale_warnings(vae: VaeRecord, suffix: str) -> list[str]:
+def _scale_warnings(scale: LatentScale, suffix: str) -> list[str]:
     """What to say where kohya's trainers would scale the latents of this VAE wrongly; empty where they do it right."""
     expected = SCALING_FACTORS[suffix]
-    differing = [] if vae.scaling_factor == expected else [f"scaling_factor {vae.scaling_factor}"]
-    if vae.is_per_channel:
+    differing = [] if scale.scaling_factor == expected else [f"scaling_factor {scale.scaling_factor}"]
+    if scale.is_per_channel:
         differing.append("latents_mean and latents_std")
-    elif vae.shift_factor:
-        differing.append(f"shift_factor {vae.shift_factor}")
+    elif scale.shift_factor:
+        differing.append(f"shift_factor {scale.shift_factor}")
     if not differing:
         return []
     return [
@@ -453,7 +457,7 @@ def _scale_warnings(vae: VaeRecord, suffix: str) -> list[str]:
     ]
 
 
-def _to_device(tensors: Sequence[Tensor], vae: LoadedVae) -> Tensor:
+def _to_device(tensors: Sequence[Tensor], vae: OpenedVae) -> Tensor:
     """A batch on the device of the VAE, in its dtype. Does not wait for the copy, so the next batch can be prepared."""
     batch = torch.stack(list(tensors)).to(memory_format=vae.memory_format)
     if vae.device.type == "cuda":

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.opened import OpenedVae, VaeRef
 from sdvae.codec.cache_files import find_cache_files, read_headers
-from sdvae.codec.loading import LoadedVae, VaeRef
 from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
 from sdvae.codec.options import CACHE_FORMATS
 from sdvae.codec.plan import reason_without_path
@@ -233,17 +233,17 @@ class _Check:
 
     # ------------------------------------------------------------------------------------------------ against images
 
-    def vae(self, loaded: LoadedVae) -> None:
+    def vae(self, loaded: OpenedVae) -> None:
         """Check that the cache is of this VAE."""
-        if self.settings and self.settings.vae.digest != loaded.record.digest:
-            made, given = self.settings.vae, loaded.record
+        if self.settings and self.settings.vae.digest != loaded.digest:
+            made = self.settings.vae
             self.add(
                 None,
-                f"made by the VAE '{made.name}' ({short_digest(made.digest)}), not by '{given.name}' "
-                f"({short_digest(given.digest)})",
+                f"made by the VAE '{made.name}' ({short_digest(made.digest)}), not by '{loaded.name}' "
+                f"({short_digest(loaded.digest)})",
             )
 
-    def reencode(self, item: StoredLatent, images: ImagesByKey, loaded: LoadedVae) -> None:
+    def reencode(self, item: StoredLatent, images: ImagesByKey, loaded: OpenedVae) -> None:
         """Compare a latent with what its image gives now."""
         source = item.header.source
         image = images.find(source.key)
@@ -252,7 +252,7 @@ class _Check:
         try:
             if image.digest() != source.digest:
                 return self.add(item.file, "stale: the image changed since it was encoded", source.key)
-            if item.header.vae.digest != loaded.record.digest:
+            if item.header.vae.digest != loaded.digest:
                 return  # said once, of the whole cache
             if item.header.preprocessing.version != PREPROCESSING_VERSION:
                 return self._warn_once(

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdvae._version import __version__
-from sdvae.checkpoints.subject import Subject
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
@@ -194,12 +194,12 @@ def _vaes(
     found = []
     for entrant in plan.entrants:
         subject, values = setup.subjects[entrant.id], table.values[entrant.id]
-        per_channel = subject.latents_mean is not None and subject.latents_std is not None
-        configured = (None, None) if per_channel else (subject.scaling_factor, subject.shift_factor)
+        scale = subject.scale
+        configured = (None, None) if scale.is_per_channel else (scale.scaling_factor, scale.shift_factor)
         found.append(
             {
                 "id": entrant.id,
-                "ref": subject.ref,
+                "ref": subject.name,
                 "role": entrant.role,
                 **subject.describe(),
                 "summary": summarise(values, **bootstrap) | sets[entrant.id],
@@ -214,7 +214,7 @@ def _vaes(
     return found
 
 
-def _stress(setup: Setup, subject: Subject, images: Sequence[tuple[Prepared, Prepared]]) -> dict[str, Any]:
+def _stress(setup: Setup, subject: OpenedVae, images: Sequence[tuple[Prepared, Prepared]]) -> dict[str, Any]:
     """The stress tests that were asked for. images: as measured, and at the size that they have on disk."""
     measured = [(prepared.key, prepared.pixels) for prepared, _ in images]
     whole = [(prepared.key, prepared.pixels) for _, prepared in images]

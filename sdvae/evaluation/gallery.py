@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.protocol import Protocol
 from sdvae.metrics.table import IMAGE_METRICS
@@ -52,7 +52,7 @@ def _worst_first(column: Sequence[float | None], name: str) -> list[int]:
     return sorted(present, key=lambda place: (float(goodness(column[place])), place))
 
 
-def gallery_entry(prepared: Prepared, subjects: Mapping[str, Subject], protocol: Protocol) -> dict[str, Any]:
+def gallery_entry(prepared: Prepared, subjects: Mapping[str, OpenedVae], protocol: Protocol) -> dict[str, Any]:
     """An entry of `gallery`, see docs/evaluation-result.md, with the reconstructions that were measured."""
     height, width = prepared.pixels.shape[:2]
     left, top = (max(0, (side - MAX_PICTURE_PX) // 2) for side in (width, height))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
 from sdvae.data.prefetch import group_by_shape
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
@@ -47,7 +47,7 @@ class Measurement:
     features. originals: whether the originals' features are wanted as well.
     """
 
-    subjects: Mapping[str, Subject]
+    subjects: Mapping[str, OpenedVae]
     protocol: Protocol
     metrics: Mapping[str, MetricFunction]
     swap_tests: Callable[[], Mapping[str, SwapTest]] = dict

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sdvae._version import __version__
-from sdvae.checkpoints.subject import Subject, open_subject
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.evaluation.images import stand_digest
 from sdvae.evaluation.networks import Networks, build_networks
 from sdvae.evaluation.plan import EvaluationPlan
@@ -26,7 +26,7 @@ class Setup:
 
     plan: EvaluationPlan  # its protocol names the metrics that could be had
     processes: Processes
-    subjects: dict[str, Subject]
+    subjects: dict[str, OpenedVae]
     networks: Networks
     fid_reference: FeatureStatistics | None  # what stands for the originals
     inputs: dict[str, Any]  # what identifies this evaluation: equal inputs, equal numbers
@@ -59,7 +59,7 @@ def set_up(plan: EvaluationPlan) -> Setup:
     if not processes.is_main:
         processes.wait()  # the main process downloads what must be downloaded
     dtype = getattr(torch, plan.protocol.dtype)
-    subjects = {entrant.id: open_subject(entrant.ref, processes.device, dtype) for entrant in plan.entrants}
+    subjects = {entrant.id: open_any_vae(entrant.ref, processes.device, dtype) for entrant in plan.entrants}
     networks = build_networks(plan.protocol, options, processes.device)
     if processes.is_main:
         processes.wait()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
 from sdvae.metrics.latent_health import PairMoments
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.posterior import DiagonalGaussian, Encoding
@@ -39,7 +39,7 @@ _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))  # (encoder, decoder); 0 is the candi
 _NO_METRICS: Mapping[str, MetricFunction] = MappingProxyType({})
 
 
-def swap_obstacle(candidate: Subject, reference: Subject) -> str | None:
+def swap_obstacle(candidate: OpenedVae, reference: OpenedVae) -> str | None:
     """Why no swap test can be made of these two; None if one can."""
     differences = []
     if (ours := candidate.latent_channels) != (theirs := reference.latent_channels):
@@ -56,7 +56,7 @@ def swap_obstacle(candidate: Subject, reference: Subject) -> str | None:
 class SwapTest:
     """Candidate against reference over a set of images; memory does not grow with the set."""
 
-    def __init__(self, candidate: Subject, reference: Subject) -> None:
+    def __init__(self, candidate: OpenedVae, reference: OpenedVae) -> None:
         if obstacle := swap_obstacle(candidate, reference):
             raise ValueError(obstacle)
         self._subjects = (candidate, reference)
@@ -102,7 +102,7 @@ class SwapTest:
         batch._state["num_not_finite"] = np.asarray(float((~finite).sum()))
         if finite.any():
             latents = [
-                subject.to_latents(encoding.z.cpu().double())[finite]
+                subject.scale.to_latents(encoding.z.cpu().double())[finite]
                 for subject, encoding in zip(self._subjects, (candidate, reference), strict=True)
             ]
             batch._state |= _drift(*latents)
@@ -116,7 +116,7 @@ class SwapTest:
         if candidate.posterior is None or reference.posterior is None:
             return {}
         ours, theirs = (
-            subject.latents_posterior(DiagonalGaussian(posterior.moments.cpu().double()))
+            subject.scale.to_latents_posterior(DiagonalGaussian(posterior.moments.cpu().double()))
             for subject, posterior in zip(self._subjects, (candidate.posterior, reference.posterior), strict=True)
         )
         kl = ours.kl(theirs)[finite]
@@ -128,7 +128,7 @@ class SwapTest:
         values: dict[str, list[Tensor]] = {name: [] for name in functions}
         for encoder, decoder in _PLACES:
             subject = self._subjects[decoder]
-            z = subject.to_z(latents[encoder]).float()
+            z = subject.scale.to_z(latents[encoder]).float()
             recon = round_to_8_bits(subject.decode(z, *image.shape[2:]))
             for name, function in functions.items():
                 assert function is not None  # psnr needs no network

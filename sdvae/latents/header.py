@@ -13,11 +13,14 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
 from sdvae.errors import LatentFileError
+
+if TYPE_CHECKING:
+    from sdvae.checkpoints.opened import OpenedVae
 
 __all__ = [
     "FORMAT",
@@ -94,17 +97,29 @@ class VaeRecord:
     tile_size_px: int | None = None  # of blended tiling, which changes what comes out; None: the result of one pass
     tile_overlap: float | None = None  # share of a tile
 
+    @classmethod
+    def of(cls, vae: OpenedVae) -> VaeRecord:
+        model: Any = vae.model
+        blended = model.use_tiling and model.tiling_mode == "blended"
+        return cls(
+            name=vae.name,
+            digest=vae.digest,
+            dtype=vae.dtype_name,
+            spatial_compression_ratio=vae.spatial_compression_ratio,
+            scaling_factor=vae.scale.scaling_factor,
+            shift_factor=vae.scale.shift_factor,
+            latents_mean=vae.scale.latents_mean,
+            latents_std=vae.scale.latents_std,
+            tile_size_px=model.tile_sample_min_size if blended else None,
+            tile_overlap=model.tile_overlap_factor if blended else None,
+        )
+
     @property
     def computation(self) -> str:
         """What a result depends on beside weights and input: the dtype, and blended tiles if there are any."""
         if self.tile_size_px is None:
             return self.dtype
         return f"{self.dtype} in tiles of {self.tile_size_px} px that overlap by {self.tile_overlap:g}"
-
-    @property
-    def is_per_channel(self) -> bool:
-        """Whether latents are (z - latents_mean) * scaling_factor / latents_std, without shift_factor."""
-        return self.latents_mean is not None and self.latents_std is not None
 
 
 @dataclass(frozen=True, kw_only=True)

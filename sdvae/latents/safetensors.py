@@ -6,7 +6,7 @@ Everything stored is z space, never scaled; `LatentFile.latents` scales. docs/la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from sdvae.errors import LatentFileError
 from sdvae.files import write_atomic
 from sdvae.latents.header import LatentHeader, read_header
+from sdvae.model.scale import LatentScale
 
 __all__ = ["LatentFile", "check_finite", "check_tensors"]
 
@@ -45,17 +46,8 @@ class LatentFile:
         return mean + torch.exp(0.5 * self.tensors["logvar"].float()) * torch.randn(mean.shape, generator=generator)
 
     def latents(self, generator: torch.Generator | None = None) -> Tensor:
-        """What a diffusion model sees. Arguments and result as `z`.
-
-        (z - shift_factor) * scaling_factor; for a VAE with a mean and a standard deviation per channel
-        (z - latents_mean) * scaling_factor / latents_std.
-        Source: diffusers' pipelines, of Stable Diffusion 3 for the first, of Stable Diffusion XL for the second.
-        """
-        vae, z = self.header.vae, self.z(generator)
-        if vae.is_per_channel:
-            mean, std = (z.new_tensor(values).view(-1, 1, 1) for values in (vae.latents_mean, vae.latents_std))
-            return (z - mean) * vae.scaling_factor / std
-        return (z - (vae.shift_factor or 0.0)) * vae.scaling_factor
+        """What a diffusion model sees, scaled as `LatentScale` says. Arguments and result as `z`."""
+        return LatentScale.of(asdict(self.header.vae)).to_latents(self.z(generator))
 
     def write(self, path: str | Path) -> None:
         """Write the file, whole or not at all; replaces what is there.

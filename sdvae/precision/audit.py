@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sdvae.checkpoints.subject import Subject
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError
@@ -98,7 +98,7 @@ class Audit:
 
 @torch.inference_mode()
 def audit(
-    subject: Subject,
+    subject: OpenedVae,
     images: Iterable[Pixels],
     *,
     dtypes: Sequence[str] = ("bfloat16", "float16"),
@@ -122,17 +122,17 @@ def audit(
             subject.decode(subject.encode(x).z, *x.shape[-2:])
             if recorder.not_finite:
                 raise CheckpointError(
-                    f"{subject.ref}: in float32, {recorder.not_finite} gives values that are not finite (image "
+                    f"{subject.name}: in float32, {recorder.not_finite} gives values that are not finite (image "
                     f"{count}): the weights are beyond repair, in any number format"
                 )
             if len(small) < probe_images:
                 small.append(resize_and_crop(pixels, probe_size_px, "center"))
     if not count:
         raise ConfigError("an audit needs an image; there is none")
-    config: Mapping[str, Any] = subject.model.config  # type: ignore[assignment]
+    config: Mapping[str, Any] = subject.model.config
     upcast = config.get("force_upcast")
     return Audit(
-        vae=subject.ref,
+        vae=subject.name,
         class_name=subject.class_name,
         digest=subject.digest,
         device=str(subject.device),

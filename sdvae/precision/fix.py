@@ -17,9 +17,9 @@ from torch import Tensor
 from sdvae.checkpoints.convert.work import public_name
 from sdvae.checkpoints.fit import build, first_not_finite
 from sdvae.checkpoints.notes import ASSUMED_NOTE
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.checkpoints.read import Checkpoint
 from sdvae.checkpoints.rewrite.fp16 import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
-from sdvae.checkpoints.subject import Subject, open_subject
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.device import exact_float32
@@ -215,16 +215,16 @@ def _query_exponent(owner: str, queries: float, keys: float, wanted_bits: float)
     )
 
 
-def _subject(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], name: str, device: torch.device) -> Subject:
+def _subject(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], name: str, device: torch.device) -> OpenedVae:
     """The VAE in float32, with weights of its own."""
     vae = build(fields, name)
     copies = {n: t.to(device=device, dtype=torch.float32, copy=True) for n, t in tensors.items()}
     vae.load_state_dict(copies, strict=True, assign=True)
-    return replace(open_subject(vae.eval(), device, torch.float32), ref=name)
+    return replace(open_any_vae(vae.eval(), device, torch.float32), name=name)
 
 
 @torch.inference_mode()
-def _changes(first: Subject, second: Subject, images: Sequence[Pixels]) -> tuple[float, float]:
+def _changes(first: OpenedVae, second: OpenedVae, images: Sequence[Pixels]) -> tuple[float, float]:
     """Largest differences of moments, and of images decoded from the same z, as shares of their ranges, in float32."""
     moments, recons = _Difference(), _Difference()
     with exact_float32():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdvae.checkpoints.subject import Subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import exact_float32
@@ -52,7 +52,7 @@ class Probe:
 
 
 @torch.inference_mode()
-def probe(subject: Subject, images: Sequence[Pixels], dtype: str) -> Probe:
+def probe(subject: OpenedVae, images: Sequence[Pixels], dtype: str) -> Probe:
     """Encode and decode in a number format, and the same in float32. Holds a second copy of the weights.
 
     The encoder's z goes into the decoder, unless it is not finite: then float32's does, so that both are tried.
@@ -87,7 +87,7 @@ def probe(subject: Subject, images: Sequence[Pixels], dtype: str) -> Probe:
     )
 
 
-def _tried(subject: Subject, bad: dict[str, str], part: str, function: Callable[[], Tensor]) -> Tensor:
+def _tried(subject: OpenedVae, bad: dict[str, str], part: str, function: Callable[[], Tensor]) -> Tensor:
     """The function's result; the first layer whose output is not finite is noted under `part`."""
 
     def look(name: str, module: nn.Module, x: Tensor, out: Tensor) -> None:

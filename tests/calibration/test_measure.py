@@ -19,8 +19,8 @@ from sdvae.calibration.measure import calibrate
 from sdvae.calibration.result import Calibration
 from sdvae.calibration.write import check_writable, write_calibration
 from sdvae.checkpoints.notes import NOTES_FIELD, update_config
+from sdvae.checkpoints.opened import open_any_vae
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path, load_autoencoder
-from sdvae.checkpoints.subject import open_subject
 from sdvae.data.images import image_to_x, read_image
 from sdvae.data.sources.files import find_images, folder_digest
 from sdvae.data.transforms import pad_to_multiple
@@ -95,7 +95,7 @@ def test_draws_have_the_std_that_is_computed_without_drawing(make_vae: MakeVae, 
 
 def test_the_definitions_are_those_of_an_evaluation(make_vae: MakeVae, images: Path) -> None:
     path = make_vae(damage=spread_out)
-    subject = open_subject(path, torch.device("cpu"), torch.float32)
+    subject = open_any_vae(path, torch.device("cpu"), torch.float32)
     health = LatentHealth(4)
     for file in find_images(images):
         x = image_to_x(read_image(file.path).pixels)

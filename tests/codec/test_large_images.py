@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdvae.codec.loading import open_vae
+from sdvae.checkpoints.opened import open_vae
 from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions, parse_bytes
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
@@ -79,10 +79,10 @@ def test_a_tile_that_the_vae_cannot_have_is_refused_before_anything_is_written(
 
 
 def test_a_loaded_vae_runs_fast_and_with_the_tiling_that_was_asked_for(vae_path: Path) -> None:
-    model = open_vae(vae_path, RunOptions(tiling="exact", max_memory="3GB")).model
+    model = open_vae(vae_path, **RunOptions(tiling="exact", max_memory="3GB").opening).model
     assert (model.use_fast_path, model.use_tiling, model.tiling_mode) == (True, True, "exact")
     assert model.max_memory_bytes == 3 * 10**9
-    assert not open_vae(vae_path, RunOptions(tiling="off")).model.use_tiling
+    assert not open_vae(vae_path, **RunOptions(tiling="off").opening).model.use_tiling
 
 
 def test_exact_tiling_gives_the_latents_and_images_of_one_pass(photos: Path, tmp_path: Path, vae_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
 from sdvae.evaluation.gallery import MAX_PICTURE_PX, choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.protocol import PRESETS
@@ -84,8 +84,8 @@ def test_the_second_worst_follows_the_worst_of_all_metrics() -> None:
 
 
 @pytest.fixture(scope="module")
-def subject(vae_path: Path) -> Subject:
-    return open_subject(vae_path, torch.device("cpu"), torch.float32)
+def subject(vae_path: Path) -> OpenedVae:
+    return open_any_vae(vae_path, torch.device("cpu"), torch.float32)
 
 
 def prepared(width: int, height: int) -> Prepared:
@@ -99,13 +99,13 @@ def decoded(uri: str) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
 
 
-def reconstruction(subject: Subject, pixels: NDArray[np.uint8]) -> Any:
+def reconstruction(subject: OpenedVae, pixels: NDArray[np.uint8]) -> Any:
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     recon = round_to_8_bits(subject.decode(subject.encode(x).z, *pixels.shape[:2]))
     return (recon[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def test_pictures_hold_exactly_the_original_and_what_the_vae_makes_of_it(subject: Subject) -> None:
+def test_pictures_hold_exactly_the_original_and_what_the_vae_makes_of_it(subject: OpenedVae) -> None:
     image = prepared(45, 30)
     entry = gallery_entry(image, {"mine": subject}, PRESETS["native"])
     assert (entry["key"], entry["width"], entry["height"], entry["crop"]) == (image.key, 45, 30, [0, 0, 45, 30])
@@ -114,9 +114,9 @@ def test_pictures_hold_exactly_the_original_and_what_the_vae_makes_of_it(subject
     assert np.array_equal(decoded(entry["reconstructions"]["mine"]), reconstruction(subject, image.pixels))
 
 
-def test_each_vae_shows_its_own_reconstruction(subject: Subject, other_vae_path: Path) -> None:
+def test_each_vae_shows_its_own_reconstruction(subject: OpenedVae, other_vae_path: Path) -> None:
     image = prepared(32, 24)
-    subjects = {"mine": subject, "theirs": open_subject(other_vae_path, torch.device("cpu"), torch.float32)}
+    subjects = {"mine": subject, "theirs": open_any_vae(other_vae_path, torch.device("cpu"), torch.float32)}
     pictures = gallery_entry(image, subjects, PRESETS["native"])["reconstructions"]
     for id_, each in subjects.items():
         assert np.array_equal(decoded(pictures[id_]), reconstruction(each, image.pixels))
@@ -128,7 +128,7 @@ def test_each_vae_shows_its_own_reconstruction(subject: Subject, other_vae_path:
     ids=str,
 )
 def test_of_a_large_image_the_centre_of_the_whole_reconstruction_is_shown(
-    width: int, height: int, crop: list[int], subject: Subject
+    width: int, height: int, crop: list[int], subject: OpenedVae
 ) -> None:
     image = prepared(width, height)
     entry = gallery_entry(image, {"mine": subject}, PRESETS["native"])
@@ -139,7 +139,7 @@ def test_of_a_large_image_the_centre_of_the_whole_reconstruction_is_shown(
     assert np.array_equal(decoded(entry["reconstructions"]["mine"]), reconstruction(subject, image.pixels)[part])
 
 
-def test_of_a_sampled_posterior_the_draw_that_was_measured_is_shown(subject: Subject) -> None:
+def test_of_a_sampled_posterior_the_draw_that_was_measured_is_shown(subject: OpenedVae) -> None:
     image = prepared(32, 24)
     picture = gallery_entry(image, {"mine": subject}, replace(PRESETS["native"], posterior="sample", seed=5))
     encoding = subject.encode(torch.from_numpy(image.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.measure import Measurement
@@ -44,16 +44,16 @@ def photos() -> list[Prepared]:
 
 
 @pytest.fixture(scope="module")
-def subject(vae_path: Path) -> Subject:
-    return open_subject(vae_path, torch.device("cpu"), torch.float32)
+def subject(vae_path: Path) -> OpenedVae:
+    return open_any_vae(vae_path, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
-def other(other_vae_path: Path) -> Subject:
-    return open_subject(other_vae_path, torch.device("cpu"), torch.float32)
+def other(other_vae_path: Path) -> OpenedVae:
+    return open_any_vae(other_vae_path, torch.device("cpu"), torch.float32)
 
 
-def measure(photos: Sequence[Prepared], *subjects: Subject, names: Sequence[str] = ("psnr",), **fields: Any) -> Block:
+def measure(photos: Sequence[Prepared], *subjects: OpenedVae, names: Sequence[str] = ("psnr",), **fields: Any) -> Block:
     metrics = fields.pop("metrics", {name: build_metric(name) for name in names})
     measurement = Measurement(
         subjects={f"vae{number}": each for number, each in enumerate(subjects)},
@@ -66,7 +66,7 @@ def measure(photos: Sequence[Prepared], *subjects: Subject, names: Sequence[str]
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_every_image_gets_the_numbers_that_it_has_alone(
-    batch_size: int | None, photos: list[Prepared], subject: Subject, other: Subject
+    batch_size: int | None, photos: list[Prepared], subject: OpenedVae, other: OpenedVae
 ) -> None:
     names = ("psnr", "ssim", "bias_r")
     shuffled = [photos[place] for place in (3, 0, 6, 1, 5, 2, 4)]
@@ -85,7 +85,7 @@ def test_every_image_gets_the_numbers_that_it_has_alone(
         np.testing.assert_allclose(block.features[owner]["rows"], rows, atol=0.02, err_msg=owner)
 
 
-def test_what_a_metric_cannot_measure_is_left_empty(photos: list[Prepared], subject: Subject) -> None:
+def test_what_a_metric_cannot_measure_is_left_empty(photos: list[Prepared], subject: OpenedVae) -> None:
     flat = replace(photos[0], index=99, pixels=np.full((40, 40, 3), 128, np.uint8))
     block = measure([*photos, flat], subject, names=("psnr", "ssim", "sharpness"))
     missing = {name: [value is None for value in values] for name, values in block.values["vae0"].items()}
@@ -97,7 +97,7 @@ def test_what_a_metric_cannot_measure_is_left_empty(photos: list[Prepared], subj
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
 def test_features_stand_in_the_order_of_images(
-    batch_size: int | None, photos: list[Prepared], subject: Subject
+    batch_size: int | None, photos: list[Prepared], subject: OpenedVae
 ) -> None:
     rows = measure(photos, subject, inception=channel_means, batch_size=batch_size).features
     expected = [each.pixels.mean(axis=(0, 1)) for each in photos]
@@ -108,7 +108,9 @@ def test_features_stand_in_the_order_of_images(
         np.testing.assert_allclose(row, recon.mean(dim=(0, 2, 3)), atol=0.02)
 
 
-def test_features_are_taken_of_four_images_at_a_time_and_of_one_shape(photos: list[Prepared], subject: Subject) -> None:
+def test_features_are_taken_of_four_images_at_a_time_and_of_one_shape(
+    photos: list[Prepared], subject: OpenedVae
+) -> None:
     sizes: list[int] = []
 
     def counted(pixels: Tensor) -> Tensor:
@@ -124,12 +126,14 @@ def test_features_are_taken_of_four_images_at_a_time_and_of_one_shape(photos: li
     assert sum(sizes) == 2 * len(photos)
 
 
-def test_features_are_taken_only_of_what_is_asked_for(photos: list[Prepared], subject: Subject) -> None:
+def test_features_are_taken_only_of_what_is_asked_for(photos: list[Prepared], subject: OpenedVae) -> None:
     assert measure(photos, subject).features == {}
     assert list(measure(photos, subject, inception=channel_means, originals=False).features) == ["vae0"]
 
 
-def test_only_the_chosen_images_take_the_swap_test(photos: list[Prepared], subject: Subject, other: Subject) -> None:
+def test_only_the_chosen_images_take_the_swap_test(
+    photos: list[Prepared], subject: OpenedVae, other: OpenedVae
+) -> None:
     chosen = [photos[0], photos[4], photos[5]]  # the first two in a batch with an image that is not chosen
 
     def state_of(photos: Sequence[Prepared]) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def test_only_the_chosen_images_take_the_swap_test(photos: list[Prepared], subje
 @pytest.mark.parametrize("place", [0, 3, 6])
 @pytest.mark.parametrize("where", ["metric", "inception"])
 def test_an_error_in_the_thread_of_metrics_reaches_the_caller(
-    where: str, place: int, photos: list[Prepared], subject: Subject
+    where: str, place: int, photos: list[Prepared], subject: OpenedVae
 ) -> None:
     culprit = photos[place].pixels.mean(axis=(0, 1))
 
@@ -171,7 +175,7 @@ def test_an_error_in_the_thread_of_metrics_reaches_the_caller(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdvae-metrics")]
 
 
-def test_the_vae_goes_on_while_metrics_are_computed_but_by_one_batch_alone(subject: Subject) -> None:
+def test_the_vae_goes_on_while_metrics_are_computed_but_by_one_batch_alone(subject: OpenedVae) -> None:
     decoded: list[int] = []
     hook = subject.model.get_submodule("decoder").register_forward_hook(lambda *_: decoded.append(1))
     ahead: list[int] = []
@@ -192,7 +196,7 @@ def test_the_vae_goes_on_while_metrics_are_computed_but_by_one_batch_alone(subje
 
 
 def test_lpips_takes_the_features_of_an_image_once_for_all_vaes(
-    assets: Path, subject: Subject, other: Subject, monkeypatch: pytest.MonkeyPatch
+    assets: Path, subject: OpenedVae, other: OpenedVae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int] = []
     features = LPIPS.features
@@ -209,7 +213,7 @@ def test_lpips_takes_the_features_of_an_image_once_for_all_vaes(
     assert block.values["vae0"] == block.values["vae2"] != block.values["vae1"]
 
 
-def test_progress_counts_images_up_to_all(photos: list[Prepared], subject: Subject) -> None:
+def test_progress_counts_images_up_to_all(photos: list[Prepared], subject: OpenedVae) -> None:
     told: list[int] = []
     listen: Callable[[int], None] = told.append
     measurement = Measurement(subjects={"vae": subject}, protocol=PRESETS["native"], metrics={}, batch_size=2)

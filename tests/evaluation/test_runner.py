@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sdvae import files
-from sdvae.checkpoints.subject import open_subject
+from sdvae.checkpoints.opened import open_any_vae
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
 from sdvae.data.sources.files import find_images
@@ -319,7 +319,7 @@ def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     tests: dict[str, Any] = {"stress": ("cycles", "resolution", "seams", "sampling"), "stress_images": 2}
     found = run(folder, tmp_path / "out", mine, protocol=protocol, **tests).vaes[0]["stress"]
 
-    subject = open_subject(mine, torch.device("cpu"), torch.float32)
+    subject = open_any_vae(mine, torch.device("cpu"), torch.float32)
     chosen = [file for file in find_images(folder) if file.key in ("a.png", "c.png")]  # evenly spaced
     small, whole = (
         [(file.key, images.prepare(0, file, each).pixels) for file in chosen] for each in (protocol, PRESETS["native"])
@@ -347,7 +347,7 @@ def test_blended_tiles_are_those_of_the_vae_and_part_of_the_protocol(
     tiled = run(folder, tmp_path / "tiled", vae, protocol=replace(PLAIN, tiling="blended"))
     values = [result.per_image["values"]["tiled"]["psnr"] for result in (whole, tiled)]
     assert values[0][1] == values[1][1], "an image that fits into one tile"
-    subject = open_subject(vae, torch.device("cpu"), torch.float32)
+    subject = open_any_vae(vae, torch.device("cpu"), torch.float32)
     x = torch.from_numpy(read_image(folder / "a.png").pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     with subject.tiled("blended"):
         recon = subject.decode(subject.encode(x).z, 96, 96)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import sdvae
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
 from sdvae.checkpoints.store import load_autoencoder
-from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.data.images import read_image
 from sdvae.evaluation.swap import SwapTest, _sentence, _verdict, swap_obstacle
 from sdvae.metrics.table import IMAGE_METRICS
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 PHOTOS = Path(sdvae.__file__).parent / "assets" / "photos"
 
 
-def subject_of(model: AutoencoderKL) -> Subject:
-    return open_subject(model.eval(), CPU, torch.float32)
+def subject_of(model: AutoencoderKL) -> OpenedVae:
+    return open_any_vae(model.eval(), CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,19 @@ def images() -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def mini() -> Subject:
+def mini() -> OpenedVae:
     """The bundled VAE: a trained one, whose decoders and encoders fit each other."""
-    return open_subject(None, CPU, torch.float32)
+    return open_any_vae(None, CPU, torch.float32)
 
 
-def altered(change: Callable[[AutoencoderKL], None]) -> Subject:
+def altered(change: Callable[[AutoencoderKL], None]) -> OpenedVae:
     model = load_autoencoder()
     with torch.no_grad():
         change(model)
     return subject_of(model)
 
 
-def run(candidate: Subject, reference: Subject, images: list[Tensor], **metrics: Any) -> SwapTest:
+def run(candidate: OpenedVae, reference: OpenedVae, images: list[Tensor], **metrics: Any) -> SwapTest:
     test = SwapTest(candidate, reference)
     for image in images:
         x = image * 2 - 1
@@ -61,11 +61,11 @@ def run(candidate: Subject, reference: Subject, images: list[Tensor], **metrics:
     return test
 
 
-def result(candidate: Subject, reference: Subject, images: list[Tensor], **metrics: Any) -> dict[str, Any]:
+def result(candidate: OpenedVae, reference: OpenedVae, images: list[Tensor], **metrics: Any) -> dict[str, Any]:
     return run(candidate, reference, images, **metrics).result("mine", "theirs")
 
 
-def test_a_vae_is_a_drop_in_for_itself_without_any_drift(mini: Subject, images: list[Tensor]) -> None:
+def test_a_vae_is_a_drop_in_for_itself_without_any_drift(mini: OpenedVae, images: list[Tensor]) -> None:
     found = result(mini, mini, images)
     assert found["verdict"] == "drop-in" and "the encoder is the same" in found["sentence"]
     drift = found["drift"]
@@ -78,7 +78,7 @@ def test_a_vae_is_a_drop_in_for_itself_without_any_drift(mini: Subject, images: 
 
 @pytest.mark.parametrize(("strength", "worse"), [(0.002, False), (0.5, True)])
 def test_another_decoder_on_the_same_latents_is_a_drop_in(
-    mini: Subject, images: list[Tensor], strength: float, worse: bool
+    mini: OpenedVae, images: list[Tensor], strength: float, worse: bool
 ) -> None:
     def perturb(model: AutoencoderKL) -> None:
         weight = model.decoder.conv_out.weight
@@ -95,7 +95,7 @@ def test_another_decoder_on_the_same_latents_is_a_drop_in(
     assert found["decode_loss_db"] == pytest.approx(psnr["theirs", "theirs"] - psnr["theirs", "mine"])
 
 
-def test_the_unit_and_origin_of_z_are_no_difference(mini: Subject, images: list[Tensor]) -> None:
+def test_the_unit_and_origin_of_z_are_no_difference(mini: OpenedVae, images: list[Tensor]) -> None:
     """z' = 2 z + 3 with its own scale and shift: other weights and another z, the same latents and posteriors."""
 
     def rescale(model: AutoencoderKL) -> None:
@@ -117,8 +117,10 @@ def test_the_unit_and_origin_of_z_are_no_difference(mini: Subject, images: list[
     assert found["decode_loss_db"] == pytest.approx(0, abs=1e-3)
 
 
-def test_forgetting_the_scale_in_the_config_makes_the_space_unfit(mini: Subject, images: list[Tensor]) -> None:
-    found = result(replace(mini, scaling_factor=mini.scaling_factor * 1.5), mini, images)
+def test_forgetting_the_scale_in_the_config_makes_the_space_unfit(mini: OpenedVae, images: list[Tensor]) -> None:
+    found = result(
+        replace(mini, scale=replace(mini.scale, scaling_factor=mini.scale.scaling_factor * 1.5)), mini, images
+    )
     assert found["verdict"] == "fine-tune"
     assert found["drift"]["relative_rms"] > 0.4
     assert found["drift"]["std"]["mine"] == pytest.approx([1.5 * std for std in found["drift"]["std"]["theirs"]])
@@ -132,7 +134,7 @@ def noisy_encoder(strength: float) -> Callable[[AutoencoderKL], None]:
     return change
 
 
-def test_the_verdict_follows_a_growing_drift_of_the_encoder(mini: Subject, images: list[Tensor]) -> None:
+def test_the_verdict_follows_a_growing_drift_of_the_encoder(mini: OpenedVae, images: list[Tensor]) -> None:
     found = [result(altered(noisy_encoder(strength)), mini, images) for strength in (0.005, 0.25, 8.0)]
     assert [each["verdict"] for each in found] == ["drop-in", "fine-tune", "different"]
     assert "the encoder is the same" not in found[0]["sentence"]
@@ -141,7 +143,7 @@ def test_the_verdict_follows_a_growing_drift_of_the_encoder(mini: Subject, image
     assert "trained anew" in found[2]["sentence"]
 
 
-def test_permuted_and_negated_channels_are_another_space(mini: Subject, images: list[Tensor]) -> None:
+def test_permuted_and_negated_channels_are_another_space(mini: OpenedVae, images: list[Tensor]) -> None:
     def permute(model: AutoencoderKL) -> None:
         order = [1, 2, 3, 0]
         model.quant_conv.weight[:] = model.quant_conv.weight[order + [4 + c for c in order]]
@@ -162,13 +164,13 @@ def test_permuted_and_negated_channels_are_another_space(mini: Subject, images: 
 
 
 def test_another_random_vae_is_another_space(vae_path: Path, other_vae_path: Path, images: list[Tensor]) -> None:
-    found = result(*(open_subject(path, CPU, torch.float32) for path in (vae_path, other_vae_path)), images)
+    found = result(*(open_any_vae(path, CPU, torch.float32) for path in (vae_path, other_vae_path)), images)
     assert found["verdict"] == "different"
     assert found["drift"]["kl_nats"] > 0
 
 
 def test_drift_and_matrix_equal_a_direct_computation(vae_path: Path, images: list[Tensor]) -> None:
-    reference = open_subject(vae_path, CPU, torch.float32)  # shift_factor 0.1
+    reference = open_any_vae(vae_path, CPU, torch.float32)  # shift_factor 0.1
     model = copy.deepcopy(load_autoencoder(vae_path))
     with torch.no_grad():
         noisy_encoder(0.3)(model)
@@ -208,7 +210,7 @@ def test_drift_and_matrix_equal_a_direct_computation(vae_path: Path, images: lis
 
 def test_merged_parts_in_any_order_equal_one_pass(vae_path: Path, other_vae_path: Path, images: list[Tensor]) -> None:
     # float64: in float32 the encoders themselves round otherwise for another batch or number of threads
-    pair = [open_subject(path, CPU, torch.float64) for path in (vae_path, other_vae_path)]
+    pair = [open_any_vae(path, CPU, torch.float64) for path in (vae_path, other_vae_path)]
     whole = result(*pair, images)
     merged = SwapTest(*pair)
     for part in (images[2:], [torch.cat(images[:2])]):
@@ -223,7 +225,7 @@ def test_merged_parts_in_any_order_equal_one_pass(vae_path: Path, other_vae_path
     assert found["verdict"] == whole["verdict"]
 
 
-def test_an_image_where_a_metric_is_undefined_counts_in_no_mean_of_it(mini: Subject, images: list[Tensor]) -> None:
+def test_an_image_where_a_metric_is_undefined_counts_in_no_mean_of_it(mini: OpenedVae, images: list[Tensor]) -> None:
     found = run(mini, mini, [images[0]], sharpness=lambda recon, image: torch.tensor([2.0]))
     found.merge(run(mini, mini, [images[1]], sharpness=lambda recon, image: torch.tensor([math.nan])).state())
     found.merge(run(mini, mini, [images[2]]).state())  # too small for it, so it is not measured at all
@@ -233,7 +235,7 @@ def test_an_image_where_a_metric_is_undefined_counts_in_no_mean_of_it(mini: Subj
     assert undefined["cross_decode"]["mine"]["mine"]["sharpness"] is None
 
 
-def test_metrics_see_the_very_image_that_was_given(mini: Subject, images: list[Tensor]) -> None:
+def test_metrics_see_the_very_image_that_was_given(mini: OpenedVae, images: list[Tensor]) -> None:
     seen: list[int] = []
 
     def record(recon: Tensor, image: Tensor) -> Tensor:
@@ -244,7 +246,7 @@ def test_metrics_see_the_very_image_that_was_given(mini: Subject, images: list[T
     assert seen == [id(images[0])] * 4
 
 
-def test_latents_that_are_not_finite_are_left_out(mini: Subject, images: list[Tensor]) -> None:
+def test_latents_that_are_not_finite_are_left_out(mini: OpenedVae, images: list[Tensor]) -> None:
     image = torch.cat(images[:2])
     encoding = mini.encode(image * 2 - 1)
     broken = encoding.z.clone()
@@ -259,8 +261,8 @@ def test_latents_that_are_not_finite_are_left_out(mini: Subject, images: list[Te
     assert lost.result("a", "b") == {"skipped": "none of 2 images gave finite latents with both"}
 
 
-def test_latents_of_different_shapes_are_no_pair(mini: Subject) -> None:
-    def build(levels: int, channels: int) -> Subject:
+def test_latents_of_different_shapes_are_no_pair(mini: OpenedVae) -> None:
+    def build(levels: int, channels: int) -> OpenedVae:
         blocks = {
             "down_block_types": ("DownEncoderBlock2D",) * levels,
             "up_block_types": ("UpDecoderBlock2D",) * levels,
@@ -277,8 +279,8 @@ def test_latents_of_different_shapes_are_no_pair(mini: Subject) -> None:
         SwapTest(f8c16, mini)
 
 
-def test_kl_is_none_where_one_has_no_posterior(taesd_path: Path, mini: Subject, images: list[Tensor]) -> None:
-    taesd = open_subject(taesd_path, CPU, torch.float32)
+def test_kl_is_none_where_one_has_no_posterior(taesd_path: Path, mini: OpenedVae, images: list[Tensor]) -> None:
+    taesd = open_any_vae(taesd_path, CPU, torch.float32)
     assert result(taesd, mini, images)["drift"]["kl_nats"] is None
     itself = result(taesd, taesd, images)
     assert itself["drift"]["kl_nats"] is None and itself["verdict"] == "drop-in"

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
-from sdvae.checkpoints.subject import Subject, open_subject
 from sdvae.data.images import image_to_x
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -53,12 +53,12 @@ def model(vae_path: Path) -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def subject(model: AutoencoderKL) -> Subject:
-    return open_subject(model, CPU, FP32)
+def subject(model: AutoencoderKL) -> OpenedVae:
+    return open_any_vae(model, CPU, FP32)
 
 
 @pytest.fixture(scope="module")
-def found(subject: Subject) -> Audit:
+def found(subject: OpenedVae) -> Audit:
     return audit(subject, IMAGES, probe_size_px=32)
 
 
@@ -94,7 +94,7 @@ def test_the_percentile_of_a_long_tail_is_not_its_peak(tiny_vae: AutoencoderKL) 
     pixels = np.full((160, 160, 3), 120, dtype=np.uint8)
     pixels[80, 80] = 255  # 9 of 25,600 positions of the first convolution see it
     values = outputs_of(tiny_vae, "encoder.conv_in", [pixels])[0].abs().flatten().sort().values
-    layer = layer_of(audit(open_subject(tiny_vae, CPU, FP32), [pixels], dtypes=()), "encoder.conv_in")
+    layer = layer_of(audit(open_any_vae(tiny_vae, CPU, FP32), [pixels], dtypes=()), "encoder.conv_in")
     exact = float(values[math.ceil(0.9999 * len(values)) - 1])
     assert exact * (1 - 1e-5) <= layer.percentile <= exact * (1 + 1 / 32) and layer.percentile < 0.9 * layer.peak
 
@@ -118,7 +118,7 @@ PARTS = ("norm1", "conv1", "norm2")
 
 
 def test_diffusers_own_class_gives_the_same_peaks(model: AutoencoderKL, found: Audit) -> None:
-    theirs = audit(open_subject(to_diffusers(model), CPU, FP32), IMAGES, dtypes=())
+    theirs = audit(open_any_vae(to_diffusers(model), CPU, FP32), IMAGES, dtypes=())
     peaks = {layer.name: layer.peak for layer in theirs.layers}
     for layer in found.layers:
         assert peaks[layer.name] == pytest.approx(layer.peak, rel=1e-4)
@@ -145,7 +145,7 @@ def test_the_smallest_variance_is_that_of_the_flattest_group_of_any_image(model:
 
 
 def test_images_may_come_one_by_one_and_hooks_are_gone_afterwards(
-    subject: Subject, model: AutoencoderKL, found: Audit
+    subject: OpenedVae, model: AutoencoderKL, found: Audit
 ) -> None:
     def stream() -> Iterator[Pixels]:
         yield from reversed(IMAGES)
@@ -156,11 +156,11 @@ def test_images_may_come_one_by_one_and_hooks_are_gone_afterwards(
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def damaged(vae: AutoencoderKL, name: str, factor: float) -> Subject:
+def damaged(vae: AutoencoderKL, name: str, factor: float) -> OpenedVae:
     with torch.no_grad():
         for parameter in vae.get_submodule(name).parameters():
             parameter.mul_(factor)
-    return open_subject(vae, CPU, FP32)
+    return open_any_vae(vae, CPU, FP32)
 
 
 def test_an_overflow_is_foretold_from_float32_and_then_seen_at_the_same_layer(tiny_vae: AutoencoderKL) -> None:
@@ -186,9 +186,9 @@ def test_encoder_and_decoder_are_both_probed_though_the_encoder_overflows(tiny_v
 def test_the_probe_measures_the_error_of_each_type(model: AutoencoderKL, found: Audit) -> None:
     probes = {probe.dtype: probe for probe in found.probes}
     for dtype in ("float16", "bfloat16"):
-        cast = open_subject(model, CPU, FP32).in_dtype(getattr(torch, dtype))
+        cast = open_any_vae(model, CPU, FP32).in_dtype(getattr(torch, dtype))
         x = [image_to_x(pixels)[None] for pixels in IMAGES]
-        exact = [open_subject(model, CPU, FP32).encode(each).z for each in x]
+        exact = [open_any_vae(model, CPU, FP32).encode(each).z for each in x]
         z = [cast.encode(each).z for each in x]
         error = torch.cat(z).sub(torch.cat(exact)).norm() / torch.cat(exact).norm()
         assert probes[dtype].z_error == pytest.approx(float(error), rel=1e-3)
@@ -208,7 +208,7 @@ def test_float32_that_is_not_finite_is_an_error_that_names_the_first_layer(tiny_
         audit(subject, IMAGES)
 
 
-def test_an_audit_needs_an_image_and_float32(subject: Subject) -> None:
+def test_an_audit_needs_an_image_and_float32(subject: OpenedVae) -> None:
     with pytest.raises(ConfigError, match="needs an image"):
         audit(subject, [])
     with pytest.raises(ConfigError, match="computes in torch.float16"):
@@ -225,7 +225,7 @@ def test_other_classes_of_diffusers_are_measured_and_not_promised_a_repair() -> 
     ).eval()
     with torch.no_grad():
         tiny.decoder.layers[0].weight.mul_(1e8)
-    found = audit(open_subject(tiny, CPU, FP32), IMAGES, probe_size_px=32)
+    found = audit(open_any_vae(tiny, CPU, FP32), IMAGES, probe_size_px=32)
     verdict = found.verdict("float16")
     assert verdict.level == "overflows" and "fix-fp16" not in verdict.sentence
     assert found.force_upcast in (None, False) and found.norms == () and found.logits == {}
@@ -282,4 +282,4 @@ def test_the_json_holds_all_and_no_infinity(found: Audit, tiny_vae: AutoencoderK
     silent: Callable[[AutoencoderKL], None] = lambda vae: nn.init.zeros_(vae.decoder.conv_out.weight)  # noqa: E731
     silent(tiny_vae)
     nn.init.zeros_(tiny_vae.decoder.conv_out.bias)
-    json.dumps(audit(open_subject(tiny_vae, CPU, FP32), IMAGES, probe_size_px=32).to_json(), allow_nan=False)
+    json.dumps(audit(open_any_vae(tiny_vae, CPU, FP32), IMAGES, probe_size_px=32).to_json(), allow_nan=False)

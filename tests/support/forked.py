@@ -64,9 +64,7 @@ class Forked:
         return self.stdout_path.read_text(encoding="utf-8"), self.stderr_path.read_text(encoding="utf-8")
 
 
-def fork(
-    function: Callable[..., object], *args: object, folder: Path, env: Mapping[str, str] | None = None
-) -> Forked:
+def fork(function: Callable[..., object], *args: object, folder: Path, env: Mapping[str, str] | None = None) -> Forked:
     """Call a function, which must be importable, in a process of its own; what it prints goes to files in `folder`."""
     number = time.monotonic_ns()
     stdout, stderr = folder / f"{number}.stdout", folder / f"{number}.stderr"

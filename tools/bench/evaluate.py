@@ -51,8 +51,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import by_turns, call_child, cpu_name, num_cores, peak_bytes, reset_peak, versions, with_range
 from sdvae._torchvision import ensure_torchvision_importable
+from sdvae.checkpoints.opened import open_any_vae, round_to_8_bits
 from sdvae.checkpoints.store import bundled_path
-from sdvae.checkpoints.subject import open_subject, round_to_8_bits
 from sdvae.data.sources.files import find_images
 from sdvae.evaluation.images import prepare
 from sdvae.evaluation.options import EvaluateOptions
@@ -291,7 +291,7 @@ def compare_parts(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dic
     pixels = torch.from_numpy(np.stack([each.pixels for each in prepared])).permute(0, 3, 1, 2)  # (B, 3, H, W), uint8
     image = pixels.float() / 255
     steps = {"ours": our_steps(setting, pixels, image)}
-    recon = round_to_8_bits(open_subject(setting.vae, torch.device("cpu"), torch.float32).model(image * 2 - 1).sample)
+    recon = round_to_8_bits(open_any_vae(setting.vae, torch.device("cpu"), torch.float32).model(image * 2 - 1).sample)
     for side, way in ways.items():
         steps[side] = their_steps(setting, way, pixels.contiguous(), image.contiguous(), recon.contiguous())
     found: dict[str, dict[str, list[float]]] = {name: {side: [] for side in SIDES} for name in steps["ours"]}
@@ -309,7 +309,7 @@ def compare_parts(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dic
 
 def our_steps(setting: Setting, pixels: Tensor, image: Tensor) -> dict[str, Step]:
     files, protocol = find_images(setting.photos), protocol_of(setting)
-    subject = open_subject(setting.vae, torch.device("cpu"), torch.float32)
+    subject = open_any_vae(setting.vae, torch.device("cpu"), torch.float32)
     metrics = {name: build_metric(name, setting.weights) for name in METRICS[:3]}
     inception = build_inception(setting.weights)
 

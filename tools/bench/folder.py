@@ -110,9 +110,9 @@ def compare_latents(ours: Path, theirs: Path) -> dict[str, float]:
 def measure_io_share(operation: str, source: Path, out: Path, arguments: argparse.Namespace) -> list[list[float]]:
     """Seconds of (the whole function, its batches again from memory), one pair for each repeat."""
     import torch
+    from sdvae.codec.loading import open_vae
     from torch import Tensor
 
-    from sdvae.codec.loading import open_vae
     from sdvae.codec.options import DecodeOptions, EncodeOptions
     from sdvae.codec.run import DecodeRun, EncodeRun
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.subject import Subject, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
@@ -55,7 +55,7 @@ def _no_note(sentence: str) -> None: ...
 
 @torch.inference_mode()
 def cycles(
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     metrics: Metrics,
     *,
@@ -85,7 +85,7 @@ def cycles(
 
 @torch.inference_mode()
 def resolution(
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     metrics: Metrics,
     *,
@@ -121,7 +121,7 @@ def resolution(
 
 @torch.inference_mode()
 def seams(
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     *,
     on_progress: Progress = _no_progress,
@@ -190,7 +190,7 @@ def seams(
 
 @torch.inference_mode()
 def precision(
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
@@ -223,7 +223,7 @@ def precision(
 
 @torch.inference_mode()
 def sampling(
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     metrics: Metrics,
     *,
@@ -258,7 +258,7 @@ def sampling(
 
 
 # Name -> (subject, images, metrics, seed, on_progress, note) -> the value in the result
-STRESS_TESTS: dict[str, Callable[[Subject, Images, Metrics, int, Progress, Note], Any]] = {
+STRESS_TESTS: dict[str, Callable[[OpenedVae, Images, Metrics, int, Progress, Note], Any]] = {
     "cycles": lambda subject, images, metrics, seed, progress, note: cycles(
         subject, images, metrics, on_progress=progress
     ),
@@ -279,7 +279,7 @@ STRESS_TESTS: dict[str, Callable[[Subject, Images, Metrics, int, Progress, Note]
 
 def run_stress(
     names: Sequence[str],
-    subject: Subject,
+    subject: OpenedVae,
     images: Images,
     metrics: Metrics,
     seed: int = 0,
@@ -335,7 +335,7 @@ class _Means:
 
 
 class _PrecisionRow:
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: OpenedVae) -> None:
         self.subject = subject
         self.name = str(subject.dtype).removeprefix("torch.")
         self.max_difference, self.finite, self.error = 0.0, True, ""
@@ -428,7 +428,7 @@ def _each(images: Images, on_progress: Progress) -> Iterator[tuple[str, Pixels]]
         on_progress(index + 1, len(images))
 
 
-def _levels(pixels: Pixels, subject: Subject) -> Tensor:
+def _levels(pixels: Pixels, subject: OpenedVae) -> Tensor:
     """(1, 3, H, W), [0, 1], multiples of 1/255, where the subject computes."""
     return round_to_8_bits(image_to_x(pixels)[None]).to(subject.device)
 
@@ -439,7 +439,7 @@ def _grey_levels(recon: Tensor) -> NDArray[np.float64]:
     return levels
 
 
-def _reconstruct(subject: Subject, x: Tensor) -> Tensor:
+def _reconstruct(subject: OpenedVae, x: Tensor) -> Tensor:
     """x (1, 3, H, W) -> recon of the same shape, through the mode, not clamped."""
     return subject.decode(subject.encode(x).z, *x.shape[-2:])
 

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from torch import Tensor, nn
 
-from sdvae.checkpoints.subject import Subject, open_subject
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
@@ -33,6 +33,7 @@ from sdvae.evaluation.stress.run import (
 )
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.scale import LatentScale
 from sdvae.model.tiling import blended_tiles
 
 CPU = torch.device("cpu")
@@ -49,8 +50,8 @@ def photos() -> list[tuple[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Subject:
-    return open_subject(None, CPU, torch.float32)
+def bundled() -> OpenedVae:
+    return open_any_vae(None, CPU, torch.float32)
 
 
 class PatchAutoencoder(nn.Module):
@@ -80,9 +81,9 @@ class PatchAutoencoder(nn.Module):
         return nn.functional.pixel_shuffle(z, 8) - self.of_tile * z.mean(dim=(1, 2, 3), keepdim=True)
 
 
-def _patch_subject(**options: Any) -> Subject:
-    return Subject(
-        ref="patches",
+def _patch_subject(**options: Any) -> OpenedVae:
+    return OpenedVae(
+        name="patches",
         model=PatchAutoencoder(**options),
         class_name="PatchAutoencoder",
         digest="sha256:0",
@@ -90,15 +91,12 @@ def _patch_subject(**options: Any) -> Subject:
         dtype=torch.float32,
         spatial_compression_ratio=8,
         latent_channels=192,
-        scaling_factor=1.0,
-        shift_factor=None,
-        latents_mean=None,
-        latents_std=None,
+        scale=LatentScale(),
         num_parameters=1,
     )
 
 
-def _by_hand(subject: Subject, pixels: np.ndarray, passes: int = 1) -> np.ndarray:
+def _by_hand(subject: OpenedVae, pixels: np.ndarray, passes: int = 1) -> np.ndarray:
     """The picture after so many times encoded, decoded and saved as 8 bits."""
     for _ in range(passes):
         x = image_to_x(pixels)[None]
@@ -116,7 +114,7 @@ def test_the_names_are_those_of_the_options() -> None:
 
 
 def test_cycles_are_means_against_the_original_of_pictures_saved_and_opened_again(
-    bundled: Subject, photos: list[tuple[str, np.ndarray]]
+    bundled: OpenedVae, photos: list[tuple[str, np.ndarray]]
 ) -> None:
     found = cycles(bundled, photos, METRICS, counts=(3, 1))
     assert found["cycles"] == [1, 3] and found["num_images"] == 3
@@ -126,7 +124,7 @@ def test_cycles_are_means_against_the_original_of_pictures_saved_and_opened_agai
             assert found["metrics"][name][place] == pytest.approx(np.mean(by_hand), abs=1e-5)
 
 
-def test_more_cycles_are_worse(bundled: Subject, photos: list[tuple[str, np.ndarray]]) -> None:
+def test_more_cycles_are_worse(bundled: OpenedVae, photos: list[tuple[str, np.ndarray]]) -> None:
     found = cycles(bundled, photos[1:2], METRICS)
     assert found["cycles"] == [1, 2, 5, 10]
     for values in found["metrics"].values():
@@ -138,7 +136,7 @@ def test_a_vae_without_loss_stays_perfect_over_cycles(photos: list[tuple[str, np
     assert found["metrics"] == {"psnr": [100.0, 100.0], "ssim": [pytest.approx(1.0), pytest.approx(1.0)]}
 
 
-def test_an_image_that_is_too_small_for_a_metric_is_left_out_of_its_mean(bundled: Subject) -> None:
+def test_an_image_that_is_too_small_for_a_metric_is_left_out_of_its_mean(bundled: OpenedVae) -> None:
     images = [np.full((8, 40, 3), 50, np.uint8), np.asarray(Image.open(PHOTOS[0]).convert("RGB"))[:64, :64]]
     both = cycles(bundled, images, METRICS, counts=(1,))["metrics"]
     large = cycles(bundled, images[1:], METRICS, counts=(1,))["metrics"]
@@ -149,7 +147,7 @@ def test_an_image_that_is_too_small_for_a_metric_is_left_out_of_its_mean(bundled
 
 
 def test_sizes_are_measured_on_central_squares_that_were_never_enlarged(
-    bundled: Subject, photos: list[tuple[str, np.ndarray]]
+    bundled: OpenedVae, photos: list[tuple[str, np.ndarray]]
 ) -> None:
     notes: list[str] = []
     rows = resolution(bundled, photos, METRICS, sizes=(64, 128, 512), note=notes.append)
@@ -186,7 +184,7 @@ def test_tiles_that_depend_on_their_own_mean_are_found(photos: list[tuple[str, n
 
 
 def test_the_bundled_vae_in_tiles_differs_from_itself_without(photos: list[tuple[str, np.ndarray]]) -> None:
-    subject = open_subject(None, CPU, torch.float32)
+    subject = open_any_vae(None, CPU, torch.float32)
     subject.model.tile_sample_min_size, subject.model.tile_latent_min_size = 64, 8
     notes: list[str] = []
     (row,) = seams(subject, photos, note=notes.append)
@@ -222,7 +220,7 @@ def _tiny() -> nn.Module:
 @pytest.mark.parametrize("build", [_stock_kl, _tiny])
 def test_the_ramps_are_where_the_model_blends(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    subject = open_subject(build(), CPU, torch.float32)
+    subject = open_any_vae(build(), CPU, torch.float32)
     model: Any = subject.model
     tiling, side = _Tiling.of(model), 2 * model.tile_sample_min_size
     height = 40  # below the stride: one row of tiles
@@ -261,7 +259,7 @@ def test_a_model_without_tiles_is_left_out_with_a_note(photos: list[tuple[str, n
     assert len(notes) == 1 and notes[0].startswith("Seams: not measured; patches:")
 
 
-def test_precision_of_each_dtype_against_float32(bundled: Subject, photos: list[tuple[str, np.ndarray]]) -> None:
+def test_precision_of_each_dtype_against_float32(bundled: OpenedVae, photos: list[tuple[str, np.ndarray]]) -> None:
     full, bf16, fp16 = precision(bundled, photos)
     assert [row["dtype"] for row in (full, bf16, fp16)] == ["float32", "bfloat16", "float16"]
     assert (full["max_difference"], full["psnr_against_fp32"], full["finite"]) == (0.0, 100.0, True)
@@ -274,7 +272,7 @@ def test_precision_of_each_dtype_against_float32(bundled: Subject, photos: list[
 
 
 def test_precision_of_a_subject_in_half_precision_still_compares_with_float32(
-    bundled: Subject, photos: list[tuple[str, np.ndarray]]
+    bundled: OpenedVae, photos: list[tuple[str, np.ndarray]]
 ) -> None:
     half = bundled.in_dtype(torch.bfloat16)
     rows = precision(half, photos[:1], dtypes=(torch.float32, torch.bfloat16))
@@ -284,7 +282,7 @@ def test_precision_of_a_subject_in_half_precision_still_compares_with_float32(
 def test_an_overflow_is_reported(tiny_vae: AutoencoderKL, photos: list[tuple[str, np.ndarray]]) -> None:
     with torch.no_grad():
         tiny_vae.decoder.conv_in.weight.mul_(3e5)  # what follows is normalised: in float32 nothing happens
-    subject = open_subject(tiny_vae, CPU, torch.float32)
+    subject = open_any_vae(tiny_vae, CPU, torch.float32)
     notes: list[str] = []
     full, half = precision(subject, photos[:1], dtypes=(torch.float32, torch.float16), note=notes.append)
     assert full["finite"] and not half["finite"] and half["max_difference"] is None
@@ -301,11 +299,11 @@ def test_a_dtype_without_a_kernel_is_a_note_and_no_crash(photos: list[tuple[str,
     assert len(notes) == 1 and notes[0].startswith("Precision: bfloat16 does not run on cpu:")
 
 
-def _with_logvar(vae: AutoencoderKL, logvar: float) -> Subject:
+def _with_logvar(vae: AutoencoderKL, logvar: float) -> OpenedVae:
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0.0
         vae.quant_conv.bias[4:] = logvar
-    return open_subject(vae, CPU, torch.float32)
+    return open_any_vae(vae, CPU, torch.float32)
 
 
 def test_a_sample_of_a_sure_posterior_is_its_mode(tiny_vae: AutoencoderKL, photos: list[Any]) -> None:

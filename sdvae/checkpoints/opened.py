@@ -1,12 +1,13 @@
-"""What an evaluation measures: an autoencoder of any class, behind one way to encode and decode.
+"""An autoencoder that is ready to run: opened from a reference, on its device, with the record of its identity.
 
-Sizes, dtypes, devices and what the classes call their outputs end here; the rest of an evaluation sees x, z and recon.
+`open_vae` opens an AutoencoderKL, which the codec needs; `open_any_vae` one of any class of diffusers, and tries it.
+Sizes, dtypes, devices and what the classes call their outputs end here; the rest sees x, z and recon.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
 from sdvae.checkpoints.formats import CLASS_NAME
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest
+from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_network
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.model.device import preferred_memory_format
+from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
 from sdvae.model.network import Autoencoder
 from sdvae.model.optimize import optimize
 from sdvae.model.posterior import DiagonalGaussian, Encoding
+from sdvae.model.scale import LatentScale
 
-__all__ = ["Subject", "open_subject", "round_to_8_bits"]
+__all__ = ["OpenedVae", "VaeRef", "open_any_vae", "open_vae", "round_to_8_bits"]
 
 _PROBE_PX = 128  # the largest downsampling that is published (DC-AE f128) makes one latent position of it
 _DRAWS_WHILE_DECODING = frozenset({"ConsistencyDecoderVAE"})
@@ -41,28 +43,30 @@ def round_to_8_bits(recon: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Subject:
-    """An autoencoder under test, of any class.
+class OpenedVae:
+    """An autoencoder of any class, ready to run."""
 
-    `latents` are what a diffusion model sees of z: (z - shift_factor) * scaling_factor, or, where the configuration has
-    a mean and a standard deviation per channel, (z - latents_mean) * scaling_factor / latents_std, as diffusers'
-    pipelines of Stable Diffusion XL do it. An AutoencoderTiny is trained on scaled latents: its z are latents already,
-    and its scaling_factor is 1.
-    """
-
-    ref: str  # as given
-    model: nn.Module
-    class_name: str
+    name: str  # how the user called it: a path, a hub id, the name of the bundled one
+    model: Any  # Autoencoder, or a model of diffusers
+    class_name: str  # as config.json names it
     digest: str  # of the weights before they were cast to `dtype`
     device: torch.device
     dtype: torch.dtype
     spatial_compression_ratio: int
     latent_channels: int
-    scaling_factor: float
-    shift_factor: float | None  # None: not configured, so 0
-    latents_mean: tuple[float, ...] | None
-    latents_std: tuple[float, ...] | None
+    scale: (
+        LatentScale  # an AutoencoderTiny is trained on scaled latents: its z are latents already, and its factor is 1
+    )
     num_parameters: int
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return preferred_memory_format(self.device)
+
+    @property
+    def batch_pixels(self) -> int:
+        """Pixels of a batch that suits the device."""
+        return batch_pixels(self.device)
 
     @torch.inference_mode()
     def encode(self, x: Tensor) -> Encoding:
@@ -81,23 +85,11 @@ class Subject:
         """
         return unpad(_decode(self.model, self._arranged(z.to(self.device, self.dtype))), height, width).float()
 
-    def to_latents(self, z: Tensor) -> Tensor:
-        """z -> what a diffusion model sees. Inverse: to_z."""
-        shift, scale = self._shift_and_scale(z)
-        return (z - shift) * scale
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
-    def to_z(self, latents: Tensor) -> Tensor:
-        """What a diffusion model makes -> z. Inverse: to_latents."""
-        shift, scale = self._shift_and_scale(latents)
-        return latents / scale + shift
-
-    def latents_posterior(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
-        """The distribution of the latents of a z that is distributed as `posterior`."""
-        _, scale = self._shift_and_scale(posterior.mean)
-        logvar = posterior.logvar + 2 * scale.abs().log()
-        return DiagonalGaussian(torch.cat([self.to_latents(posterior.mean), logvar.expand_as(posterior.logvar)], dim=1))
-
-    def in_dtype(self, dtype: torch.dtype) -> Subject:
+    def in_dtype(self, dtype: torch.dtype) -> OpenedVae:
         """The same autoencoder computing in another dtype: a copy of the weights."""
         model = _prepared(copy.deepcopy(self.model), self.device, dtype)
         return replace(self, model=model, dtype=dtype)
@@ -111,7 +103,7 @@ class Subject:
         model = cast(Any, self.model)
         before = getattr(model, "use_tiling", None)
         if mode == "blended" and (before is None or not self._can_tile()):
-            raise ConfigError(f"{self.ref}: {self.class_name} with {self.latent_channels} channels has no tiled mode")
+            raise ConfigError(f"{self.name}: {self.class_name} with {self.latent_channels} channels has no tiled mode")
         if before is None:
             yield
             return
@@ -133,27 +125,59 @@ class Subject:
         return {
             "class_name": self.class_name,
             "digest": self.digest,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.dtype_name,
             "num_parameters": self.num_parameters,
             "spatial_compression_ratio": self.spatial_compression_ratio,
             "latent_channels": self.latent_channels,
-            "scaling_factor": self.scaling_factor,
-            "shift_factor": self.shift_factor,
+            "scaling_factor": self.scale.scaling_factor,
+            "shift_factor": self.scale.shift_factor,
         }
 
     def _arranged(self, tensor: Tensor) -> Tensor:
-        return tensor.contiguous(memory_format=preferred_memory_format(self.device))
-
-    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors that broadcast over (B, C, h, w)."""
-        if self.latents_mean is not None and self.latents_std is not None:
-            shift = like.new_tensor(self.latents_mean).view(1, -1, 1, 1)
-            return shift, self.scaling_factor / like.new_tensor(self.latents_std).view(1, -1, 1, 1)
-        return like.new_tensor(self.shift_factor or 0.0), like.new_tensor(self.scaling_factor)
+        return tensor.contiguous(memory_format=self.memory_format)
 
 
-def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype: torch.dtype) -> Subject:
-    """Load an autoencoder for an evaluation, and try it on a small image.
+VaeRef = str | Path | Autoencoder | OpenedVae | None
+
+
+def open_vae(
+    ref: VaeRef, *, device: str = "auto", dtype: str = "float32", tiling: Mapping[str, Any] | None = None
+) -> OpenedVae:
+    """Open an AutoencoderKL for images.
+
+    ref: a reference for `load_autoencoder`, None for the bundled one, or a loaded model, which is used as it stands: on
+        its own device, in its own dtype and with its own tiling. An `OpenedVae` comes back.
+    tiling: arguments of `enable_tiling`; None: off.
+    Raises: ConfigError for a device that is missing, tiles that cannot be, and a VAE of other than 3 channels;
+        CheckpointError for a VAE that cannot be loaded.
+    """
+    if isinstance(ref, OpenedVae):
+        return ref
+    if isinstance(ref, Autoencoder):
+        model, place, kind = ref, ref.device, ref.dtype
+        digest, name = autoencoder_digest(model), _name_of(model)
+    else:
+        place, kind = choose_device(device), getattr(torch, dtype)
+        model = load_network(ref)
+        digest, name = autoencoder_digest(model), BUNDLED_NAME if ref is None else str(ref)
+        model.to(device=place, dtype=kind)
+        optimize(model)
+        if tiling is not None:
+            model.enable_tiling(**tiling)
+    config = model.config
+    if (config["in_channels"], config["out_channels"]) != (3, 3):
+        raise ConfigError(f"{name}: this VAE has {config['in_channels']} input channels; images have 3")
+    for field in ("latents_mean", "latents_std"):
+        if (values := config.get(field)) is not None and len(values) != config["latent_channels"]:
+            raise CheckpointError(
+                f"{name}: {field} has {len(values)} values; expected {config['latent_channels']}, one per latent "
+                "channel"
+            )
+    return _opened(name, model, digest, place, kind, model.spatial_compression_ratio, config["latent_channels"])
+
+
+def open_any_vae(ref: str | Path | nn.Module | None, device: torch.device, dtype: torch.dtype) -> OpenedVae:
+    """Open an autoencoder of any class, and try it on a small image.
 
     ref: a folder, file or hub id; None for the bundled one; or a loaded model, which is not changed: it is copied
         unless it is in eval mode and has this device and dtype.
@@ -162,8 +186,7 @@ def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype
     """
     if isinstance(ref, nn.Module):
         model: Any = ref
-        name = str(model.config.get("_name_or_path") or type(model).__name__)
-        digest = autoencoder_digest(model)
+        name, digest = _name_of(model), autoencoder_digest(model)
         weight = next(model.parameters())
         if model.training or (weight.device, weight.dtype) != (device, dtype):
             model = _prepared(copy.deepcopy(model), device, dtype)
@@ -171,23 +194,32 @@ def open_subject(ref: str | Path | nn.Module | None, device: torch.device, dtype
         model, name = load_any_autoencoder(ref), BUNDLED_NAME if ref is None else str(ref)
         digest = autoencoder_digest(model)
         model = _prepared(model, device, dtype)
-    config = model.config
-    ratio, channels = _probe(model, name, device, dtype)
-    return Subject(
-        ref=name,
+    return _opened(name, model, digest, device, dtype, *_probe(model, name, device, dtype))
+
+
+def _opened(
+    name: str, model: Any, digest: str, device: torch.device, dtype: torch.dtype, ratio: int, channels: int
+) -> OpenedVae:
+    return OpenedVae(
+        name=name,
         model=model,
-        class_name=CLASS_NAME if isinstance(model, Autoencoder) else type(model).__name__,
+        class_name=_class_name(model),
         digest=digest,
         device=device,
         dtype=dtype,
         spatial_compression_ratio=ratio,
         latent_channels=channels,
-        scaling_factor=float(config.get("scaling_factor") or 1.0),
-        shift_factor=None if config.get("shift_factor") is None else float(config["shift_factor"]),
-        latents_mean=_floats(config.get("latents_mean")),
-        latents_std=_floats(config.get("latents_std")),
+        scale=LatentScale.of(model.config),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _name_of(model: Any) -> str:
+    return str(model.config.get("_name_or_path") or _class_name(model))
+
+
+def _class_name(model: nn.Module) -> str:
+    return CLASS_NAME if isinstance(model, Autoencoder) else type(model).__name__
 
 
 def _prepared(model: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -196,10 +228,6 @@ def _prepared(model: Any, device: torch.device, dtype: torch.dtype) -> nn.Module
         optimize(model)
     model.to(memory_format=preferred_memory_format(device))
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(float(value) for value in values)
 
 
 def _encode(model: Any, x: Tensor) -> Encoding:

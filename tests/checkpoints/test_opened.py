@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
-from sdvae.checkpoints.subject import Subject, open_subject, round_to_8_bits
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.posterior import DiagonalGaussian, Encoding
@@ -84,8 +84,8 @@ def picture(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def subject(vae_path: Path) -> Subject:
-    return open_subject(vae_path, CPU, torch.float32)
+def subject(vae_path: Path) -> OpenedVae:
+    return open_any_vae(vae_path, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(("build", "ratio", "channels", "scale", "has_posterior"), CLASSES, ids=NAMES)
@@ -95,7 +95,7 @@ def test_every_class_takes_images_of_odd_sizes(
     torch.manual_seed(0)
     model = build()
     model.save_pretrained(tmp_path / "vae")
-    subject = open_subject(tmp_path / "vae", CPU, torch.float32)
+    subject = open_any_vae(tmp_path / "vae", CPU, torch.float32)
     assert subject.describe() == {
         "class_name": type(model).__name__,
         "digest": autoencoder_digest(model),
@@ -121,7 +121,7 @@ def test_every_class_takes_images_of_odd_sizes(
 @pytest.mark.parametrize(("build", "ratio"), [(each[0], each[1]) for each in CLASSES], ids=NAMES)
 def test_what_is_padded_repeats_the_edge_and_is_cut_off_again(build: Callable[[], Any], ratio: int) -> None:
     torch.manual_seed(0)
-    subject = open_subject(build().eval(), CPU, torch.float32)
+    subject = open_any_vae(build().eval(), CPU, torch.float32)
     x = picture(1, 16, 24)[..., : 16 - ratio + 1, : 24 - ratio + 1]
     padded = nn.functional.pad(x, (0, ratio - 1, 0, ratio - 1), mode="replicate")
     z, of_padded = subject.encode(x).z, subject.encode(padded).z
@@ -130,7 +130,7 @@ def test_what_is_padded_repeats_the_edge_and_is_cut_off_again(build: Callable[[]
     assert torch.equal(subject.decode(z, *x.shape[2:]), whole[..., : x.shape[2], : x.shape[3]])
 
 
-def test_ours_gives_what_the_model_gives(vae_path: Path, subject: Subject) -> None:
+def test_ours_gives_what_the_model_gives(vae_path: Path, subject: OpenedVae) -> None:
     model, x = load_autoencoder(vae_path), picture(2, 64, 40)
     with torch.inference_mode():
         posterior = model.encode(x).latent_dist
@@ -143,14 +143,14 @@ def test_ours_gives_what_the_model_gives(vae_path: Path, subject: Subject) -> No
 
 
 def test_the_bundled_vae_opens_without_a_reference() -> None:
-    subject = open_subject(None, CPU, torch.float32)
-    assert subject.ref == "sdvae-mini" and subject.class_name == "AutoencoderKL"
+    subject = open_any_vae(None, CPU, torch.float32)
+    assert subject.name == "sdvae-mini" and subject.class_name == "AutoencoderKL"
     x = picture(1, 24, 24) * 0 + 0.5
     recon = subject.decode(subject.encode(x).z, 24, 24)
     assert float((recon - x).abs().mean()) < 0.1
 
 
-def test_a_draw_has_one_stream_per_image_and_needs_one_for_each(subject: Subject) -> None:
+def test_a_draw_has_one_stream_per_image_and_needs_one_for_each(subject: OpenedVae) -> None:
     encoding = subject.encode(picture(3, 16, 16))
     together = encoding.draw([torch.Generator().manual_seed(seed) for seed in range(3)])
     assert encoding.posterior is not None
@@ -162,33 +162,34 @@ def test_a_draw_has_one_stream_per_image_and_needs_one_for_each(subject: Subject
 
 
 def test_a_draw_without_a_posterior_is_z() -> None:
-    encoding = open_subject(tiny().eval(), CPU, torch.float32).encode(picture(1, 16, 16))
+    encoding = open_any_vae(tiny().eval(), CPU, torch.float32).encode(picture(1, 16, 16))
     assert encoding.draw([torch.Generator()]) is encoding.z
 
 
 @pytest.mark.parametrize("latents_mean", [None, (0.5, -1.0, 0.0, 2.0)])
 def test_latents_and_z_are_inverses_and_the_scale_is_the_configured_one(
-    subject: Subject, latents_mean: tuple[float, ...] | None
+    subject: OpenedVae, latents_mean: tuple[float, ...] | None
 ) -> None:
     std = None if latents_mean is None else (1.0, 2.0, 4.0, 0.5)
-    subject = replace(subject, latents_mean=latents_mean, latents_std=std)
+    scale = replace(subject.scale, latents_mean=latents_mean, latents_std=std)
+    subject = replace(subject, scale=scale)
     z = picture(2, 4, 6)[:, [0, 1, 2, 0]]
-    latents = subject.to_latents(z)
+    latents = subject.scale.to_latents(z)
     if latents_mean is None or std is None:
         assert torch.allclose(latents, (z - 0.1) * 0.18215)
     else:  # as StableDiffusionXLPipeline undoes it
         mean, deviation = (torch.tensor(values).view(1, 4, 1, 1) for values in (latents_mean, std))
         assert torch.allclose(latents * deviation / 0.18215 + mean, z, atol=1e-6)
-    assert torch.allclose(subject.to_z(latents), z, atol=1e-6)
+    assert torch.allclose(subject.scale.to_z(latents), z, atol=1e-6)
 
 
-def test_the_posterior_of_latents_is_that_of_scaled_draws(subject: Subject) -> None:
+def test_the_posterior_of_latents_is_that_of_scaled_draws(subject: OpenedVae) -> None:
     posterior = DiagonalGaussian(picture(1, 4, 4)[:, [0, 1, 2, 0, 1, 2, 0, 1]])
-    scaled = subject.latents_posterior(posterior)
+    scaled = subject.scale.to_latents_posterior(posterior)
     z = picture(1, 4, 4, seed=1)[:, [0, 1, 2, 0]]
     # a change of variables moves the log-density by the log of the scale, for each of the 64 elements
     moved = posterior.nll(z) + 64 * torch.tensor(0.18215).log()
-    assert torch.allclose(scaled.nll(subject.to_latents(z)), moved, rtol=1e-4)
+    assert torch.allclose(scaled.nll(subject.scale.to_latents(z)), moved, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [tiny, dc], ids=["tiny", "dc"])
@@ -196,7 +197,7 @@ def test_the_posterior_of_latents_is_that_of_scaled_draws(subject: Subject) -> N
 def test_another_dtype_is_a_copy_and_gives_nearly_the_same(build: Callable[[], Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = build().eval()
-    subject = open_subject(model, CPU, torch.float32)
+    subject = open_any_vae(model, CPU, torch.float32)
     half = subject.in_dtype(dtype)
     assert half.describe() == subject.describe() | {"dtype": str(dtype).removeprefix("torch.")}
     assert {parameter.dtype for parameter in half.model.parameters()} == {dtype}
@@ -210,17 +211,17 @@ def test_another_dtype_is_a_copy_and_gives_nearly_the_same(build: Callable[[], A
 def test_a_loaded_model_is_not_changed() -> None:
     model = kl().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    subject = open_subject(model, CPU, torch.bfloat16)
+    subject = open_any_vae(model, CPU, torch.bfloat16)
     assert subject.model is not model and model.training and not subject.model.training
     assert subject.dtype == next(subject.model.parameters()).dtype == torch.bfloat16
     assert subject.digest == autoencoder_digest(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     ready = kl().eval()
-    assert open_subject(ready, CPU, torch.float32).model is ready
+    assert open_any_vae(ready, CPU, torch.float32).model is ready
 
 
 def test_tiles_are_on_within_the_context_only(vae_path: Path) -> None:
-    subject = open_subject(vae_path, CPU, torch.float32)  # sample_size 32
+    subject = open_any_vae(vae_path, CPU, torch.float32)  # sample_size 32
     x = picture(1, 64, 64)
     whole = subject.encode(x).z
     with subject.tiled("blended"):
@@ -236,7 +237,7 @@ def test_tiles_are_on_within_the_context_only(vae_path: Path) -> None:
 
 @pytest.mark.parametrize("build", [asymmetric, lambda: tiny(16)], ids=["asymmetric", "tiny16"])
 def test_a_class_without_tiles_says_so(build: Callable[[], Any]) -> None:
-    subject = open_subject(build().eval(), CPU, torch.float32)
+    subject = open_any_vae(build().eval(), CPU, torch.float32)
     with subject.tiled("off"):
         subject.encode(picture(1, 16, 16))
     with pytest.raises(ConfigError, match="has no tiled mode"), subject.tiled("blended"):
@@ -255,11 +256,11 @@ def test_a_network_that_takes_no_images_is_refused() -> None:
     with pytest.raises(
         CheckpointError, match=r"AutoencoderOobleck does not take images: a pass over \(1, 3, 128, 128\)"
     ):
-        open_subject(sound.eval(), CPU, torch.float32)
+        open_any_vae(sound.eval(), CPU, torch.float32)
     with pytest.raises(CheckpointError, match="AutoencoderKL does not take images"):
-        open_subject(kl(in_channels=4).eval(), CPU, torch.float32)
+        open_any_vae(kl(in_channels=4).eval(), CPU, torch.float32)
     with pytest.raises(CheckpointError, match=r"and of that \(1, 4, 128, 128\); expected"):
-        open_subject(kl(out_channels=4).eval(), CPU, torch.float32)
+        open_any_vae(kl(out_channels=4).eval(), CPU, torch.float32)
 
 
 def test_taesd_reconstructs_a_photograph_and_its_z_are_latents(taesd_path: Path, assets: Path) -> None:
@@ -267,12 +268,12 @@ def test_taesd_reconstructs_a_photograph_and_its_z_are_latents(taesd_path: Path,
 
     path = sorted((assets / "images" / "val").iterdir())[0]
     pixels = torch.from_numpy(read_image(path).pixels[:120, :150].copy()).permute(2, 0, 1)[None]
-    subject = open_subject(taesd_path, CPU, torch.float32)
+    subject = open_any_vae(taesd_path, CPU, torch.float32)
     encoding = subject.encode(pixels.float() / 127.5 - 1)
     recon = round_to_8_bits(subject.decode(encoding.z, 120, 150))
     mse = float((recon * 255 - pixels).square().mean())
     assert 10 * torch.log10(torch.tensor(255**2 / mse)) > 20
-    assert torch.equal(subject.to_latents(encoding.z), encoding.z)
+    assert torch.equal(subject.scale.to_latents(encoding.z), encoding.z)
     assert 0.3 < float(encoding.z.std()) < 2  # of about unit variance already, so never multiplied by 0.18215
 
 
