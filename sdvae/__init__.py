@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from sdvae._version import __version__
 
 if TYPE_CHECKING:
-    from sdvae.calibration.measure import calibrate
+    from sdvae.calibration.measure import CalibrateOptions, calibrate
+    from sdvae.checkpoints.convert.options import ConvertOptions
     from sdvae.checkpoints.convert.run import convert
     from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
+    from sdvae.codec.options import DecodeOptions, EncodeOptions
     from sdvae.codec.run import decode_folder, encode_folder
+    from sdvae.evaluation.options import EvaluateOptions
     from sdvae.evaluation.runner import evaluate
     from sdvae.model.autoencoder import AutoencoderKL
     from sdvae.model.optimize import optimize
@@ -27,6 +30,11 @@ _HOMES = {
     "to_diffusers": "sdvae.checkpoints.store",
     "convert": "sdvae.checkpoints.convert.run",
     "optimize": "sdvae.model.optimize",
+    "CalibrateOptions": "sdvae.calibration.measure",
+    "ConvertOptions": "sdvae.checkpoints.convert.options",
+    "DecodeOptions": "sdvae.codec.options",
+    "EncodeOptions": "sdvae.codec.options",
+    "EvaluateOptions": "sdvae.evaluation.options",
     "encode_folder": "sdvae.codec.run",
     "decode_folder": "sdvae.codec.run",
     "calibrate": "sdvae.calibration.measure",
@@ -36,6 +44,11 @@ _HOMES = {
 
 __all__ = [
     "AutoencoderKL",
+    "CalibrateOptions",
+    "ConvertOptions",
+    "DecodeOptions",
+    "EncodeOptions",
+    "EvaluateOptions",
     "__version__",
     "calibrate",
     "convert",

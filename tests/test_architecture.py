@@ -12,11 +12,13 @@ import pytest
 import sdvae
 
 PACKAGE = Path(sdvae.__file__).parent
+TESTS = Path(__file__).parent
+MOST_FILES = 19  # in a folder, with __init__.py; one for each command in cli
 
 # Packages of one level do not import each other.
 LEVELS = [
     {"_version", "_torchvision", "errors"},
-    {"config", "files"},
+    {"config", "files", "processes"},
     {"model", "features", "data", "report"},
     {"checkpoints", "metrics"},
     {"latents"},
@@ -34,7 +36,7 @@ ADDRESSES = {
         "checkpoints/any_autoencoder.py",
         "model/optimize.py",
     },
-    "accelerate": {"training/loop.py", "training/state.py", "evaluation/processes.py"},
+    "accelerate": {"training/loop.py", "training/state.py"},
     "datasets": {"data/sources/datasets.py"},
     "webdataset": {"data/sources/shards.py"},
     "ray": {"codec/ray.py"},
@@ -68,6 +70,52 @@ def violations(source: str, part: str) -> list[str]:
 def test_a_file_imports_only_from_levels_below_its_own(path: Path) -> None:
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert violations(path.read_text(encoding="utf-8"), part) == []
+
+
+def module_name(path: Path) -> str:
+    parts = ("sdvae", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """One of the cycles, as the names on it; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return way[way.index(name) :]
+        if name in done:
+            return []
+        for target in sorted(graph[name]):
+            if cycle := visit(target, [*way, name]):
+                return cycle
+        done.add(name)
+        return []
+
+    return next((cycle for name in sorted(graph) if (cycle := visit(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports within functions included; those for type checkers alone are not run."""
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}
+    graph = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        graph[name] = imports(ast.unparse(tree), package) & modules.keys()
+    assert cycle_in(graph) == []
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+
+
+def test_a_folder_has_few_files_and_its_tests_mirror_it() -> None:
+    folders = [path for path in PACKAGE.rglob("*") if path.is_dir() and any(path.glob("*.py"))]
+    counts = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {name: count for name, count in counts.items() if count > MOST_FILES and name != "cli"} == {}
+    without = {name for name in counts if name != "assets" and not any((TESTS / name).rglob("test_*.py"))}
+    assert without == set(), "a folder of the package without tests of its own"
 
 
 def test_the_check_sees_a_wrong_import() -> None:

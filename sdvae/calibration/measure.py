@@ -121,37 +121,19 @@ class _Tally:
 def calibrate(
     vae: str | Path | nn.Module | None,
     images: str | Path | Sequence[ImageFile],
+    options: CalibrateOptions | None = None,
     *,
-    size: int | None = CalibrateOptions.size,
-    crop: str = CalibrateOptions.crop,
-    background: str = CalibrateOptions.background,
-    max_pixels: int | None = CalibrateOptions.max_pixels,
-    max_images: int | None = CalibrateOptions.max_images,
-    device: str = CalibrateOptions.device,
-    dtype: str = CalibrateOptions.dtype,
-    batch_size: int | None = CalibrateOptions.batch_size,
-    workers: int | None = CalibrateOptions.workers,
     on_progress: OnProgress | None = None,
 ) -> Calibration:
     """Measure the scale of a VAE's latents over images. Nothing is written: `write_calibration` does that.
 
     vae: a folder, a file or a hub id of any diffusers autoencoder of images; None for the bundled one; or a model.
     images: a folder, a file, a glob or a .txt list, or what `find_images` returned; of any sizes, padded as encoding
-        does it. The options are those of `CalibrateOptions`. Images that fail are recorded, and the rest goes on.
+        does it. Images that fail are recorded, and the rest goes on.
     Raises: ConfigError for images or options that cannot be; CheckpointError for the VAE, also where its latents do
         not vary; ImageError where not one image could be used.
     """
-    options = CalibrateOptions(
-        size=size,
-        crop=crop,
-        background=background,
-        max_pixels=max_pixels,
-        max_images=max_images,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    options = options or CalibrateOptions()
     found = find_images(images) if isinstance(images, (str, Path)) else list(images)
     files = choose_images(found, options.max_images)
     subject = open_any_vae(vae, choose_device(options.device), getattr(torch, options.dtype))

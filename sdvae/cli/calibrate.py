@@ -67,13 +67,13 @@ def calibrate_command(
     from sdvae.calibration.measure import CalibrateOptions, calibrate
     from sdvae.calibration.write import check_writable, write_calibration
 
-    CalibrateOptions(**options)  # before anything is looked up
+    settings = CalibrateOptions(**options)  # before anything is looked up
     config_path = str(check_writable(vae, per_channel=per_channel, shift=shift)) if write else None
     if dry_run:
         _print_dry_run(vae, images, options, config_path, as_json)
         return
     with progress("calibrate") as on_progress:
-        found = calibrate(vae, images, **options, on_progress=on_progress)
+        found = calibrate(vae, images, settings, on_progress=on_progress)
     written = write_calibration(vae, found, per_channel=per_channel, shift=shift) if write else None
     if as_json:
         data = {"command": "calibrate", **found.to_json(), "written": None if written is None else vars(written)}

@@ -85,7 +85,7 @@ def convert_command(ctx: click.Context, /, src: str, dst: Path, as_json: bool, *
     chosen = ConvertOptions(**options)
     from sdvae.checkpoints.convert.run import convert
 
-    report = convert(src, dst, **vars(chosen))
+    report = convert(src, dst, chosen)
     if as_json:
         print_json(report.to_json() | {"dry_run": chosen.dry_run})
     else:

@@ -48,9 +48,9 @@ def decode_command(
     LATENTS is a folder of latent files (OUT mirrors its tree), one file, or a glob in quotes. Images have the size and
     the name of their source. Run again, it does what is missing or stale.
     """
-    launched, settings = join_launched(DecodeOptions(**options))
-    if launched.is_main:
+    processes, settings = join_launched(DecodeOptions(**options))
+    if processes.is_main:
         announce_vae(vae)
     from sdvae.codec.run import DecodeRun
 
-    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), launched, dry_run, as_json)
+    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), processes, dry_run, as_json)

@@ -67,9 +67,9 @@ def encode_command(
 
     --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
-    launched, settings = join_launched(EncodeOptions(**options))
-    if launched.is_main:
+    processes, settings = join_launched(EncodeOptions(**options))
+    if processes.is_main:
         announce_vae(vae)
     from sdvae.codec.run import EncodeRun
 
-    plan_or_run(ctx, EncodeRun(images, out, vae, settings), launched, dry_run, as_json)
+    plan_or_run(ctx, EncodeRun(images, out, vae, settings), processes, dry_run, as_json)

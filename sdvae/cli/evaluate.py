@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from sdvae.cli.output import note, print_json, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES, DEVICES
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
 from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
+from sdvae.processes import is_main_process
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
@@ -161,7 +161,7 @@ def evaluate_command(
     """
     protocol = _protocol(preset, metrics, settings)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+    if is_main_process():  # of several processes, one says it
         announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
 

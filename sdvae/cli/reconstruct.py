@@ -16,6 +16,7 @@ from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
+    from sdvae.codec.image_encoder import ImageEncoder
     from sdvae.codec.plan import Item
     from sdvae.codec.reports import FileReason
     from sdvae.codec.run import EncodeRun
@@ -204,7 +205,7 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
         decoded = decoding.run(on_progress)
     failed |= {failure.key for failure in decoded.failures}
     pairs = [(items[item.key], item) for item in decoding.plan.items if item.key not in failed]
-    images, rows = _measure(pairs, encoding.options)
+    images, rows = _measure(pairs, encoding.encoder)
     report = ReconstructReport(
         folders=folders,
         vae=encoded.vae,
@@ -219,9 +220,8 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
     return report
 
 
-def _measure(pairs: Sequence[tuple[Item, Item]], options: EncodeOptions) -> tuple[list[Reconstruction], list[SheetRow]]:
+def _measure(pairs: Sequence[tuple[Item, Item]], encoder: ImageEncoder) -> tuple[list[Reconstruction], list[SheetRow]]:
     """PSNR of each (encoded, decoded) pair, and the first rows of the contact sheet."""
-    from sdvae.codec.run import read_pixels
     from sdvae.data.contact_sheet import MAX_ROWS, sheet_row
     from sdvae.data.images import image_to_x, read_image, x_to_image
     from sdvae.metrics.table import psnr
@@ -229,7 +229,7 @@ def _measure(pairs: Sequence[tuple[Item, Item]], options: EncodeOptions) -> tupl
     images: list[Reconstruction] = []
     rows: list[SheetRow] = []
     for encoded, decoded in pairs:
-        original = x_to_image(image_to_x(read_pixels(encoded.source, options).pixels))  # 16 bits become 8
+        original = x_to_image(image_to_x(encoder.load(encoded).pixels))  # 16 bits become 8
         recon = read_image(decoded.output).pixels
         height, width = original.shape[:2]
         value = psnr(original, recon)

@@ -122,10 +122,12 @@ def carry_out(
     compute: Callable[[Sequence[Member]], Sequence[Tensor]],
     write: Callable[[Member, Tensor], None],
     on_progress: OnProgress | None,
+    if_out_of_memory: str,
     finish: Callable[[Path], None] | None = None,
 ) -> Tally:
     """Do the jobs of a plan: `read` and `write` in threads, `compute` in this one.
 
+    if_out_of_memory: advice for an image that does not fit even alone.
     batch_pixels: how large batches are where the options leave it open.
     finish: for outputs of many files: called with each output once all its jobs went through `write`, or failed. The
         outputs then come one after the other, so that no more than one is held in memory.
@@ -152,7 +154,7 @@ def carry_out(
             else:
                 tally.fail(member.item, error)
 
-    split = _Splitting(compute, tally.warnings)
+    split = _Splitting(compute, tally.warnings, if_out_of_memory)
     for jobs in [plan.jobs] if finish is None else _by_output(plan.jobs):
         loaded = read_ahead(jobs, read, _pixels, options.num_workers)
         with (
@@ -207,8 +209,11 @@ class _Splitting:
     Once memory ran out, all batches that follow go image by image too: the next large one would only fail again.
     """
 
-    def __init__(self, compute: Callable[[Sequence[Member]], Sequence[Tensor]], warnings: list[str]) -> None:
+    def __init__(
+        self, compute: Callable[[Sequence[Member]], Sequence[Tensor]], warnings: list[str], advice: str
+    ) -> None:
         self._compute = compute
+        self._advice = advice
         self._warnings = warnings
         self._singly = False
 
@@ -234,9 +239,7 @@ class _Splitting:
         except RuntimeError as error:
             size = f"{member.header.image.width} x {member.header.image.height} px"
             if _is_out_of_memory(error):
-                return SdvaeError(
-                    f"out of memory at {size}: encode it smaller (--size), or on a device with more memory"
-                )
+                return SdvaeError(f"out of memory at {size}: {self._advice}")
             return SdvaeError(f"the VAE failed at {size}: {error}")
         except SdvaeError as error:
             return error

@@ -1,16 +1,14 @@
-"""Makes one manifest of those of all parts of a run, and one report of theirs."""
+"""Makes one manifest of those of all parts of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sdvae.codec.cache_files import find_cache_files
 from sdvae.codec.listing import WITHDRAWN_NAME, list_files, read_lines, to_manifest, withdraw
 from sdvae.codec.options import SHARDED_FORMATS
-from sdvae.codec.reports import CodecReport, EncodeReport
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.latents.manifest import (
     MANIFEST_NAME,
@@ -23,9 +21,7 @@ from sdvae.latents.manifest import (
 )
 from sdvae.latents.parts import Part
 
-__all__ = ["MergeReport", "join_reports", "merge_finished_parts", "merge_parts"]
-
-Report = TypeVar("Report", bound=CodecReport)
+__all__ = ["MergeReport", "merge_finished_parts", "merge_parts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,29 +98,6 @@ def merge_finished_parts(out: Path) -> tuple[Path | None, tuple[str, ...]]:
         except (SdvaeError, OSError) as error:
             warnings = (f"the parts could not be merged: {error}",)
     return (out / MANIFEST_NAME if (out / MANIFEST_NAME).is_file() else None), warnings
-
-
-def join_reports(reports: Sequence[Report]) -> Report:
-    """One report of the parts of a run that went on at the same time."""
-    # the last part to end has merged the manifests of all
-    merged = [
-        {"manifest": report.manifest}
-        for report in reports
-        if isinstance(report, EncodeReport) and Path(report.manifest).name == MANIFEST_NAME
-    ]
-    return replace(
-        reports[0],
-        device=", ".join(sorted({report.device for report in reports})),
-        done=sum(report.done for report in reports),
-        skipped=sum(report.skipped for report in reports),
-        failed=sum(report.failed for report in reports),
-        seconds=max(report.seconds for report in reports),
-        megapixels=sum(report.megapixels for report in reports),
-        failures=tuple(sorted((each for report in reports for each in report.failures), key=lambda each: each.key)),
-        notes=tuple(sorted((each for report in reports for each in report.notes), key=lambda each: each.key)),
-        warnings=tuple(dict.fromkeys(each for report in reports for each in report.warnings)),
-        **(merged[0] if merged else {}),
-    )
 
 
 def _states(out: Path, count: int) -> tuple[list[PartState], tuple[str, ...]]:

@@ -23,10 +23,10 @@ from typing import Any
 from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import OnProgress, Tally
+from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.listing import ListedFile
 from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
 from sdvae.codec.plan import Item, Plan
-from sdvae.codec.run import ImageEncoder
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 from sdvae.latents.header import VaeRecord

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
-from sdvae.codec.options import EncodeOptions
-from sdvae.codec.run import read_pixels
+from sdvae.codec.image_encoder import load_image
 from sdvae.data.images import image_to_x
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.transforms import pad_to_multiple
@@ -144,14 +143,8 @@ def _encode(
 
     Returns: moments (1, 2 * C, h, w), float32, on the CPU. Raises: ImageError.
     """
-    done = header.preprocessing
-    options = EncodeOptions(
-        size=done.size,
-        crop=done.crop,
-        background=done.background,
-        max_pixels=max(1, header.source.width * header.source.height),  # it was accepted once
-    )
-    pixels = read_pixels(image.content(), options, str(image.path), jpeg_margin=done.jpeg_margin).pixels
+    was_accepted = max(1, header.source.width * header.source.height)
+    pixels = load_image(image, header.preprocessing, was_accepted).pixels
     x, _ = pad_to_multiple(image_to_x(pixels), loaded.spatial_compression_ratio)
     batch = x[None].to(loaded.device, loaded.dtype).to(memory_format=loaded.memory_format)  # (1, 3, H, W)
 

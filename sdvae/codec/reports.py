@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
-__all__ = ["CodecReport", "DecodeReport", "EncodeReport", "FileReason"]
+from sdvae.latents.manifest import MANIFEST_NAME
+
+__all__ = ["CodecReport", "DecodeReport", "EncodeReport", "FileReason", "join_reports"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +85,31 @@ class DecodeReport(CodecReport):
     """Result of decoding a folder."""
 
     command = "decode"
+
+
+Report = TypeVar("Report", bound=CodecReport)
+
+
+def join_reports(reports: Sequence[Report]) -> Report:
+    """One report of the parts of a run that went on at the same time."""
+    if len(reports) == 1:
+        return reports[0]
+    # the last part to end has merged the manifests of all
+    merged = [
+        {"manifest": report.manifest}
+        for report in reports
+        if isinstance(report, EncodeReport) and Path(report.manifest).name == MANIFEST_NAME
+    ]
+    return replace(
+        reports[0],
+        device=", ".join(sorted({report.device for report in reports})),
+        done=sum(report.done for report in reports),
+        skipped=sum(report.skipped for report in reports),
+        failed=sum(report.failed for report in reports),
+        seconds=max(report.seconds for report in reports),
+        megapixels=sum(report.megapixels for report in reports),
+        failures=tuple(sorted((each for report in reports for each in report.failures), key=lambda each: each.key)),
+        notes=tuple(sorted((each for report in reports for each in report.notes), key=lambda each: each.key)),
+        warnings=tuple(dict.fromkeys(each for report in reports for each in report.warnings)),
+        **(merged[0] if merged else {}),
+    )

@@ -15,7 +15,6 @@ import io
 import os
 import re
 import secrets
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
-from sdvae.data.sources.files import os_reason
+from sdvae.data.sources.files import os_reason, refuse_unless_file
 from sdvae.errors import ConfigError, ImageError, SdvaeError
 
 if TYPE_CHECKING:
@@ -259,28 +258,13 @@ def _opener(content: Path | bytes, name: str) -> tuple[str, Callable[[], BinaryI
     """What errors call an image, and how to open it. Raises: ImageError where there is nothing to open."""
     if isinstance(content, Path):
         path = content
-        _refuse_unless_file(path)
+        refuse_unless_file(path)
         # We open the file: Pillow would map an uncompressed one into memory, where a file cut short kills the process.
         return str(path), lambda: open(path, "rb")
     if not content:
         raise ImageError(f"{name}: is empty (0 bytes)")
     data = content
     return name, lambda: io.BytesIO(data)
-
-
-def _refuse_unless_file(path: Path) -> None:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ImageError(f"{path}: {os_reason(error)}") from error
-    except ValueError as error:  # a zero character in the name
-        raise ImageError(f"{path}: no such file") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path}: is a folder, not an image")
-    if not stat.S_ISREG(status.st_mode):  # a pipe would make open() wait for ever
-        raise ImageError(f"{path}: is not a regular file")
-    if status.st_size == 0:
-        raise ImageError(f"{path}: is empty (0 bytes)")
 
 
 def _too_large(name: str, claim: str, max_pixels: int) -> str:

@@ -86,7 +86,7 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
         },
         gallery=[gallery_entry(prepared, setup.subjects, plan.protocol) for prepared in gallery],
         environment={
-            "device": str(setup.processes.device),
+            "device": str(setup.device),
             "num_processes": setup.processes.count,
             "python": platform.python_version(),
             "torch": torch.__version__,

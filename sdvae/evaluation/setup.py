@@ -13,9 +13,10 @@ from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.evaluation.images import stand_digest
 from sdvae.evaluation.networks import Networks, build_networks
 from sdvae.evaluation.plan import EvaluationPlan
-from sdvae.evaluation.processes import Processes, join_processes
 from sdvae.evaluation.swap import SwapTest, swap_obstacle
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
+from sdvae.model.device import choose_device
+from sdvae.processes import Processes, join_processes
 
 __all__ = ["Setup", "set_up"]
 
@@ -26,6 +27,7 @@ class Setup:
 
     plan: EvaluationPlan  # its protocol names the metrics that could be had
     processes: Processes
+    device: torch.device
     subjects: dict[str, OpenedVae]
     networks: Networks
     fid_reference: FeatureStatistics | None  # what stands for the originals
@@ -55,12 +57,12 @@ class Setup:
 def set_up(plan: EvaluationPlan) -> Setup:
     """Raises: SdvaeError where a device, a VAE, a network or a file is not there or does not fit."""
     options = plan.options
-    processes = join_processes(options.device)
+    processes, device = join_processes(options.device), choose_device(options.device)
     if not processes.is_main:
         processes.wait()  # the main process downloads what must be downloaded
     dtype = getattr(torch, plan.protocol.dtype)
-    subjects = {entrant.id: open_any_vae(entrant.ref, processes.device, dtype) for entrant in plan.entrants}
-    networks = build_networks(plan.protocol, options, processes.device)
+    subjects = {entrant.id: open_any_vae(entrant.ref, device, dtype) for entrant in plan.entrants}
+    networks = build_networks(plan.protocol, options, device)
     if processes.is_main:
         processes.wait()
     left = {name for name, _ in networks.skipped}
@@ -73,6 +75,7 @@ def set_up(plan: EvaluationPlan) -> Setup:
     return Setup(
         plan=plan,
         processes=processes,
+        device=device,
         subjects=subjects,
         networks=networks,
         fid_reference=statistics,

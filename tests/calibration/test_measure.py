@@ -15,7 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sdvae.calibration.measure import calibrate
+from sdvae.calibration.measure import CalibrateOptions, calibrate
 from sdvae.calibration.result import Calibration
 from sdvae.calibration.write import check_writable, write_calibration
 from sdvae.checkpoints.notes import NOTES_FIELD, update_config
@@ -107,8 +107,8 @@ def test_the_definitions_are_those_of_an_evaluation(make_vae: MakeVae, images: P
 
 def test_batches_workers_and_the_order_of_images_change_only_rounding(make_vae: MakeVae, images: Path) -> None:
     path = make_vae(damage=spread_out)
-    one = calibrate(path, images, batch_size=1, workers=1)
-    many = calibrate(path, images, batch_size=4, workers=3)
+    one = calibrate(path, images, options=CalibrateOptions(batch_size=1, workers=1))
+    many = calibrate(path, images, options=CalibrateOptions(batch_size=4, workers=3))
     turned = calibrate(path, list(reversed(find_images(images))))
     for other in (many, turned):
         assert _numbers(other) == pytest.approx(_numbers(one), rel=1e-4)
@@ -150,7 +150,7 @@ def test_other_classes_and_encoders_without_a_posterior_are_measured(
 
 
 def test_real_photographs(assets: Path) -> None:
-    found = calibrate(None, assets / "images/val", size=64, crop="center", max_images=6)
+    found = calibrate(None, assets / "images/val", options=CalibrateOptions(size=64, crop="center", max_images=6))
     assert found.num_images == 6 and found.num_found > 6 and found.num_positions == 6 * 64
     assert 0.5 < found.present.std.value < 2.0
     assert 0 < (found.scaling_factor.relative_error or 0) < 0.2
@@ -240,7 +240,7 @@ def test_a_batch_that_fails_is_tried_image_by_image_and_latents_that_are_not_fin
 ) -> None:
     vae = load_autoencoder(make_vae())
     vae.__class__ = Fragile
-    found = calibrate(vae, images, batch_size=2)
+    found = calibrate(vae, images, options=CalibrateOptions(batch_size=2))
     assert [failure.key for failure in found.failures] == ["01.png", "03.png"]
     assert all("not finite" in failure.reason for failure in found.failures)
     assert found.num_images == 3 and "image by image" in found.warnings[0]
@@ -268,7 +268,7 @@ def test_latents_that_never_vary_are_an_error(make_vae: MakeVae, images: Path) -
 )
 def test_wrong_options_are_named(wrong: dict[str, Any], make_vae: MakeVae, images: Path) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        calibrate(make_vae(), images, **wrong)
+        calibrate(make_vae(), images, options=CalibrateOptions(**wrong))
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -308,7 +308,7 @@ def test_what_is_written_gives_latents_of_variance_1_in_pipelines_that_read_it(m
 def test_by_default_the_scaling_factor_alone_is_set(make_vae: MakeVae, images: Path) -> None:
     path = make_vae(scaling_factor=0.18215, shift_factor=0.1)
     before = config_of(path)
-    found = calibrate(path, images, size=32)
+    found = calibrate(path, images, options=CalibrateOptions(size=32))
     written = write_calibration(path, found)
     after = config_of(path)
     notes = after.pop(NOTES_FIELD)
@@ -329,9 +329,9 @@ def test_written_again_nothing_changes_and_what_was_there_is_never_lost(make_vae
     first = calibrate(path, images)
     assert write_calibration(path, first).changed
     stored = (path / "config.json").read_bytes()
-    again = write_calibration(path, calibrate(path, images, batch_size=3, workers=2))
+    again = write_calibration(path, calibrate(path, images, options=CalibrateOptions(batch_size=3, workers=2)))
     assert not again.changed and (path / "config.json").read_bytes() == stored
-    assert write_calibration(path, calibrate(path, images, size=24)).changed
+    assert write_calibration(path, calibrate(path, images, options=CalibrateOptions(size=24))).changed
     assert write_calibration(path, first).changed
     previous = config_of(path)[NOTES_FIELD]["previous"]
     assert [each["scaling_factor"] for each in previous[:2]] == [0.18215, first.fields()["scaling_factor"]]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path
 from sdvae.errors import CheckpointError, MissingWeightsError
@@ -71,7 +72,7 @@ def test_a_file_with_a_header_of_ours_is_what_the_header_says_whatever_lies_besi
     vae_path: Path, tiny_path: Path
 ) -> None:
     file = tiny_path / "mine.safetensors"
-    convert(vae_path, file, to="ldm")
+    convert(vae_path, file, options=ConvertOptions(to="ldm"))
     assert autoencoder_digest(load_any_autoencoder(file)) == autoencoder_digest(load_any_autoencoder(vae_path))
     file.rename(tiny_path / WEIGHTS)  # now it is a part of the folder
     with pytest.raises(CheckpointError, match="do not fit"):

@@ -14,10 +14,12 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -181,7 +183,7 @@ def test_a_header_of_ours_counts_and_is_named_whatever_lies_beside_it(
     tmp_path: Path, folder: Path, beside: dict[str, Any] | None
 ) -> None:
     path = tmp_path / "mine.safetensors"
-    convert(folder, path, to="ldm")
+    convert(folder, path, options=ConvertOptions(to="ldm"))
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text("{" if beside is None else json.dumps(config | beside))
     data = described(path)
@@ -198,12 +200,12 @@ def test_a_scale_that_was_assumed_is_not_shown_as_a_fact_after_a_conversion(
 ) -> None:
     bare = tmp_path / "bare.safetensors"
     save_file({key: tensor.contiguous() for key, tensor in to_ldm(tensors).items()}, bare)
-    convert(bare, tmp_path / name, **options)
+    convert(bare, tmp_path / name, options=ConvertOptions(**options))
     data = described(tmp_path / name)
     assert (data["scale"]["scaling_factor"], data["scale"]["from"]) == (0.18215, "assumed, see remarks")
     assert any("was assumed" in remark for remark in data["remarks"])
     assert data["notes"]["assumed"] == ["scaling_factor"]
-    convert(bare, tmp_path / name, scaling_factor=0.13025, overwrite=True, **options)
+    convert(bare, tmp_path / name, options=ConvertOptions(scaling_factor=0.13025, overwrite=True, **options))
     data = described(tmp_path / name)
     assert data["scale"]["scaling_factor"] == 0.13025 and not data["scale"]["from"].startswith("assumed")
     assert data["remarks"] == [] and "assumed" not in data["notes"]
@@ -274,7 +276,7 @@ def test_a_hub_id_is_found_in_the_cache_alone(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_latent_cache_shows_its_settings(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
     images = make_images(tmp_path / "images", {"a.png": (40, 24), "b.png": (16, 16)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path, size=16)
+    encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(size=16))
     data = described(tmp_path / "latents")
     assert (data["kind"], data["format"], data["num_files"], data["num_items"]) == ("latent cache", "safetensors", 2, 2)
     assert data["size_bytes"] == sum(path.stat().st_size for path in (tmp_path / "latents").glob("*.safetensors"))

@@ -74,7 +74,7 @@ def test_a_tile_that_the_vae_cannot_have_is_refused_before_anything_is_written(
     photos: Path, tmp_path: Path, vae_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="tile_size_px is 30; expected a multiple of 8"):
-        encode_folder(photos, tmp_path / "out", vae=vae_path, tiling="blended", tile_size=30)
+        encode_folder(photos, tmp_path / "out", vae=vae_path, options=EncodeOptions(tiling="blended", tile_size=30))
     assert not (tmp_path / "out").exists()
 
 
@@ -87,15 +87,21 @@ def test_a_loaded_vae_runs_fast_and_with_the_tiling_that_was_asked_for(vae_path:
 
 def test_exact_tiling_gives_the_latents_and_images_of_one_pass(photos: Path, tmp_path: Path, vae_path: Path) -> None:
     for tiling in ("off", "exact"):
-        encode_folder(photos, tmp_path / tiling, vae=vae_path, tiling=tiling, latent_dtype="float32")
-        decode_folder(tmp_path / "off", tmp_path / f"{tiling}-decoded", vae=vae_path, tiling=tiling)
+        encode_folder(
+            photos, tmp_path / tiling, vae=vae_path, options=EncodeOptions(tiling=tiling, latent_dtype="float32")
+        )
+        decode_folder(
+            tmp_path / "off", tmp_path / f"{tiling}-decoded", vae=vae_path, options=DecodeOptions(tiling=tiling)
+        )
     whole, strips = read(tmp_path / "off"), read(tmp_path / "exact")
     assert set(whole) == set(strips) == {"wide.png.safetensors", "tall.png.safetensors"}
     for name, file in whole.items():
         assert strips[name].header.vae == file.header.vae
         for part, tensor in file.tensors.items():
             torch.testing.assert_close(strips[name].tensors[part], tensor, rtol=1e-5, atol=1e-5)
-    report = encode_folder(photos, tmp_path / "off", vae=vae_path, tiling="exact", latent_dtype="float32")
+    report = encode_folder(
+        photos, tmp_path / "off", vae=vae_path, options=EncodeOptions(tiling="exact", latent_dtype="float32")
+    )
     assert (report.done, report.skipped) == (0, 2)  # they are the same, so nothing is stale
 
 
@@ -103,11 +109,11 @@ def test_blended_tiles_are_recorded_and_not_taken_for_the_result_of_one_pass(
     photos: Path, tmp_path: Path, small_tiles: Path
 ) -> None:
     out = tmp_path / "out"
-    encode_folder(photos, out, vae=small_tiles, tiling="blended", tile_overlap=0.5)
+    encode_folder(photos, out, vae=small_tiles, options=EncodeOptions(tiling="blended", tile_overlap=0.5))
     header = next(iter(read(out).values())).header
     assert (header.vae.tile_size_px, header.vae.tile_overlap) == (32, 0.5)
     assert header.vae.computation == "float32 in tiles of 32 px that overlap by 0.5"
-    again = encode_folder(photos, out, vae=small_tiles, tiling="blended", tile_overlap=0.5)
+    again = encode_folder(photos, out, vae=small_tiles, options=EncodeOptions(tiling="blended", tile_overlap=0.5))
     assert (again.done, again.skipped) == (0, 2)
     whole = encode_folder(photos, out, vae=small_tiles)
     assert (whole.done, whole.skipped) == (2, 0)
@@ -119,19 +125,23 @@ def test_images_decoded_in_blended_tiles_are_decoded_again_in_one_pass(
 ) -> None:
     encode_folder(photos, tmp_path / "latents", vae=small_tiles)
     for tiling, done in (("blended", 2), ("blended", 0), ("auto", 2), ("exact", 0)):
-        report = decode_folder(tmp_path / "latents", tmp_path / "out", vae=small_tiles, tiling=tiling)
+        report = decode_folder(
+            tmp_path / "latents", tmp_path / "out", vae=small_tiles, options=DecodeOptions(tiling=tiling)
+        )
         assert report.done == done, tiling
 
 
 def test_a_cache_of_blended_tiles_is_verified_with_its_own_tiles(
     photos: Path, tmp_path: Path, small_tiles: Path
 ) -> None:
-    encode_folder(photos, tmp_path / "out", vae=small_tiles, tiling="blended")
+    encode_folder(photos, tmp_path / "out", vae=small_tiles, options=EncodeOptions(tiling="blended"))
     report = verify_cache(tmp_path / "out", vae=small_tiles, images=photos, sample=2)
     assert report.exit_code == 0, report
 
 
 def test_too_little_memory_fails_each_image_with_what_it_takes(photos: Path, tmp_path: Path, vae_path: Path) -> None:
-    report = encode_folder(photos, tmp_path / "out", vae=vae_path, tiling="exact", max_memory="1MB")
+    report = encode_folder(
+        photos, tmp_path / "out", vae=vae_path, options=EncodeOptions(tiling="exact", max_memory="1MB")
+    )
     assert (report.done, report.failed) == (0, 2)
     assert "give a max_memory of" in report.failures[0].reason

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import fork_launched, run_sdvae
+from jobs import encode_and_decode
 
 from sdvae.codec.launched import join_launched
 from sdvae.codec.options import DecodeOptions, EncodeOptions
@@ -21,21 +22,17 @@ from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError
 from sdvae.latents.manifest import read_manifest
+from sdvae.processes import Processes
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.parametrize("world_size", [None, "1"])
-def test_alone_a_process_does_all(world_size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_a_process_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world_size is not None:
-        monkeypatch.setenv("WORLD_SIZE", world_size)
-        monkeypatch.setenv("RANK", "0")
     options = EncodeOptions(shard="2/8")
-    launched, same = join_launched(options)
-    assert launched.is_main and same == options and launched.gather("mine") == ["mine"]
+    assert join_launched(options) == (Processes(), options)
 
 
 def test_what_would_divide_the_work_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,9 +42,6 @@ def test_what_would_divide_the_work_twice_is_refused(monkeypatch: pytest.MonkeyP
         join_launched(DecodeOptions(shard="1/2"))
     with pytest.raises(ConfigError, match="run it without a launcher"):
         join_launched(EncodeOptions(engine="ray"))
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but the processes do not find each other.*MASTER_ADDR"):
-        join_launched(EncodeOptions())
 
 
 @pytest.mark.slow
@@ -58,17 +52,23 @@ def test_processes_of_a_launcher_divide_the_images_and_give_one_report(
     bad = ["3.png", "5.png", "7.png", "8.png"]  # of both parts
     for name in bad:
         (images / name).write_bytes(b"no image")
+    words = ("--vae", str(vae_path), "--json")
+
+    def launch(*arguments: object) -> tuple[int | None, str]:
+        """Exit code and output of the main process. Raises: AssertionError if another one prints or fails."""
+        started = fork_launched(run_sdvae, [*map(str, arguments), *words], count=2, folder=tmp_path)
+        (output, errors), (nothing, _) = (process.communicate() for process in started)
+        assert nothing == "" and started[1].returncode == 0, errors
+        return started[0].returncode, output
+
+    code, planned = launch("encode", images, out, "--dry-run")
+    assert code == 0 and not out.exists(), planned
+    assert json.loads(planned)["counts"] == {"total": 12, "run": 12, "skip": 0, "fail": 0}
+    begun = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/3")).done  # some of either process
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sdvae"]
-
-    def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*launcher, *map(str, arguments), "--vae", str(vae_path), "--json"]
-        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-
-    planned = launch("encode", images, out, "--dry-run")
-    assert planned.returncode == 0 and not out.exists(), planned.stderr
-    assert json.loads(planned.stdout)["counts"] == {"total": 12, "run": 12, "skip": 0, "fail": 0}
-    begun = encode_folder(images, out, vae=vae_path, shard="1/3").done  # some of either process
-    failed = launch("encode", images, out)
+    failed = subprocess.run(
+        [*launcher, "encode", str(images), str(out), *words], capture_output=True, text=True, env=ENVIRONMENT
+    )
     report: dict[str, Any] = json.loads(failed.stdout)
     assert 1 <= begun < 8 and (report["done"], report["skipped"]) == (8 - begun, begun)
     assert (report["failed"], report["exit_code"]) == (4, 3)
@@ -77,26 +77,33 @@ def test_processes_of_a_launcher_divide_the_images_and_give_one_report(
     assert report["manifest"] == f"{out}/manifest.jsonl" and read_manifest(out).num_items == 8
     assert verify_cache(out).problems == ()
     assert len(list(out.glob("manifest.part-*-of-2.jsonl"))) == 2
-    decoded = launch("decode", out, tmp_path / "decoded")
-    assert json.loads(decoded.stdout)["done"] == 8 and len(list((tmp_path / "decoded").iterdir())) == 8
-    assert decoded.returncode == 0, decoded.stderr
+    code, decoded = launch("decode", out, tmp_path / "decoded")
+    assert json.loads(decoded)["done"] == 8 and len(list((tmp_path / "decoded").iterdir())) == 8
+    assert code == 0
+
+
+def test_a_script_under_a_launcher_divides_the_images_too(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    images, out = make_images(tmp_path / "images", {f"{i}.png": (16, 16) for i in range(6)}), tmp_path / "out"
+    started = fork_launched(encode_and_decode, images, out, tmp_path / "decoded", vae_path, count=2, folder=tmp_path)
+    outputs = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0], "each process returns the report of all"
+    encoded, decoded = map(json.loads, outputs[0][0].splitlines())
+    assert (encoded["done"], decoded["done"]) == (6, 6) and len(list((tmp_path / "decoded").iterdir())) == 6
+    assert len(list(out.glob("manifest.part-*-of-2.jsonl"))) == 2 and read_manifest(out).num_items == 6
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_the_main_process_does_not_wait_for_one_that_was_killed(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str]
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images, out = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(40)}), tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [*slowly_writing_sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
-    processes = [
-        subprocess.Popen(command, env={**ENVIRONMENT, **meeting, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    processes = fork_launched(
+        run_sdvae, ["encode", str(images), str(out), "--vae", str(vae_path)], 0.2, count=2, folder=tmp_path
+    )
     try:
         deadline = time.monotonic() + 60
         while not list(out.glob("manifest.part-2-of-2.jsonl")):  # it is about to write
@@ -107,7 +114,6 @@ def test_the_main_process_does_not_wait_for_one_that_was_killed(
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
     assert processes[0].returncode == 1
-    assert "Error: another of the 2 processes ended early; what is written is whole" in stderr
+    assert "Error: another of the 2 processes ended early. Finished files are complete" in stderr
     assert "bug in sdvae" not in stderr

@@ -110,15 +110,21 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(
     mark: str,
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i:02}.png": (32 + 8 * (i % 3), 32) for i in range(26)})
-    options: dict[str, Any] = {"vae": vae_path, "format": format, "shard_size": shard_size, "batch_size": 1}
+    options: dict[str, Any] = {"format": format, "shard_size": shard_size, "batch_size": 1}
     options["workers"] = 1  # one file after the other
     out, local = tmp_path / "out", tmp_path / "local"
     seen: list[tuple[int, int]] = []
-    report = encode_folder(images, out, engine="ray", ray_workers=2, on_progress=lambda *n: seen.append(n), **options)
+    report = encode_folder(
+        images,
+        out,
+        vae=vae_path,
+        on_progress=lambda *n: seen.append(n),
+        options=EncodeOptions(engine="ray", ray_workers=2, **options),
+    )
     assert (two_workers_of_which_one_is_killed / mark).exists(), "no worker was killed: this tests nothing"
     assert (report.done, report.failed, report.device) == (26, 0, "cpu")
     assert seen == sorted(seen) and seen[-1] == (26, 26) and len(seen) > 4
-    encode_folder(images, local, **options)
+    encode_folder(images, local, vae=vae_path, options=EncodeOptions(**options))
     assert latents(out, format) == latents(local, format) and len(latents(out, format)) == 26
     names = [[path.name for path in find_cache_files(folder, format)] for folder in (out, local)]
     assert names[0] == names[1] and read_manifest(out).num_items == 26
@@ -160,7 +166,7 @@ def test_without_ray_the_command_to_install_it_is_named(
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the package ray.*pip install -c constraints.txt '\.\[ray\]'"):
-        encode_folder(images, tmp_path / "out", vae=vae_path, engine="ray")
+        encode_folder(images, tmp_path / "out", vae=vae_path, options=EncodeOptions(engine="ray"))
 
 
 def test_options_that_contradict_the_engine_are_refused(
@@ -175,4 +181,4 @@ def test_options_that_contradict_the_engine_are_refused(
     pytest.importorskip("ray", reason="ray is not installed")
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     with pytest.raises(ConfigError, match="give its folder, file or hub id"):
-        encode_folder(images, tmp_path / "out", vae=tiny_vae, engine="ray")
+        encode_folder(images, tmp_path / "out", vae=tiny_vae, options=EncodeOptions(engine="ray"))

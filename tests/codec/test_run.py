@@ -20,12 +20,14 @@ from PIL import Image
 from sdvae.checkpoints.rewrite.fold_scale import latents_affine
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.codec.decoded_image import read_mark
-from sdvae.codec.options import EncodeOptions
-from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder, read_pixels
+from sdvae.codec.image_encoder import load_image
+from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.data.images import JPEG_MARGIN, image_to_x, read_image, x_to_image
+from sdvae.data.sources.files import ImageFile
 from sdvae.errors import CheckpointError, ConfigError, LatentFileError, SdvaeError
-from sdvae.latents.header import read_header
+from sdvae.latents.header import Preprocessing, read_header
 from sdvae.latents.safetensors import LatentFile
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -74,7 +76,7 @@ def test_the_file_holds_what_the_vae_says_of_the_padded_image(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, vae: AutoencoderKL
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (101, 67)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path, latent_dtype="float32")
+    encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(latent_dtype="float32"))
     file = LatentFile.read(tmp_path / "latents/a.png.safetensors")
     x = image_to_x(read_image(images / "a.png").pixels)
     x = torch.nn.functional.pad(x[None], (0, 3, 0, 5), mode="replicate")  # (1, 3, 72, 104)
@@ -115,10 +117,7 @@ def test_batch_size_and_workers_change_nothing(
             images,
             tmp_path / out,
             vae=vae_path,
-            store=store,
-            latent_dtype="float32",
-            batch_size=batch_size,
-            workers=workers,
+            options=EncodeOptions(store=store, latent_dtype="float32", batch_size=batch_size, workers=workers),
         )
     names = files_below(tmp_path / "one")
     assert len(names) == 7 and names == files_below(tmp_path / "many")
@@ -127,7 +126,12 @@ def test_batch_size_and_workers_change_nothing(
         for tensor in one.tensors:
             torch.testing.assert_close(one.tensors[tensor], many.tensors[tensor], atol=2e-6, rtol=2e-6)
     if store == "moments":  # one batch size: bit for bit
-        encode_folder(images, tmp_path / "again", vae=vae_path, latent_dtype="float32", batch_size=4, workers=1)
+        encode_folder(
+            images,
+            tmp_path / "again",
+            vae=vae_path,
+            options=EncodeOptions(latent_dtype="float32", batch_size=4, workers=1),
+        )
         for name in names:
             again, many = (LatentFile.read(tmp_path / out / name).tensors["mean"] for out in ("again", "many"))
             assert torch.equal(again, many)
@@ -140,7 +144,12 @@ def test_draws_follow_the_seed_and_differ_between_images(
     shutil.copy(images / "a.png", images / "b.png")
 
     def z(seed: int, name: str) -> torch.Tensor:
-        encode_folder(images, tmp_path / "z", vae=vae_path, store="sample", seed=seed, latent_dtype="float32")
+        encode_folder(
+            images,
+            tmp_path / "z",
+            vae=vae_path,
+            options=EncodeOptions(store="sample", seed=seed, latent_dtype="float32"),
+        )
         return LatentFile.read(tmp_path / "z" / name).z()
 
     first, other_image = z(0, "a.png.safetensors"), z(0, "b.png.safetensors")
@@ -154,7 +163,7 @@ def test_size_and_crop_give_equal_shapes_and_are_recorded(
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {"wide.png": (120, 60), "tall.png": (30, 45)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path, size=32, crop="center")
+    encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(size=32, crop="center"))
     decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
     assert {size_of(path) for path in (tmp_path / "out").iterdir()} == {(32, 32)}
     header = read_header(tmp_path / "latents/wide.png.safetensors")
@@ -179,11 +188,11 @@ def test_bfloat16_runs_and_its_latents_are_recorded_as_such(
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     encode_folder(images, tmp_path / "exact", vae=vae_path)
-    encode_folder(images, tmp_path / "rough", vae=vae_path, dtype="bfloat16")
+    encode_folder(images, tmp_path / "rough", vae=vae_path, options=EncodeOptions(dtype="bfloat16"))
     exact, rough = (LatentFile.read(tmp_path / name / "a.png.safetensors") for name in ("exact", "rough"))
     assert (rough.header.vae.dtype, rough.header.vae.digest) == ("bfloat16", exact.header.vae.digest)
     assert 0 < (exact.z() - rough.z()).abs().max() < 0.05
-    report = decode_folder(tmp_path / "rough", tmp_path / "out", vae=vae_path, dtype="bfloat16")
+    report = decode_folder(tmp_path / "rough", tmp_path / "out", vae=vae_path, options=DecodeOptions(dtype="bfloat16"))
     assert report.done == 1
 
 
@@ -196,14 +205,18 @@ def test_every_output_format_keeps_the_picture_and_its_mark(
     images = make_images(tmp_path / "images", {"a.png": (33, 17)})
     encode_folder(images, tmp_path / "latents", vae=vae_path)
     decode_folder(tmp_path / "latents", tmp_path / "png", vae=vae_path)
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, format=format, quality=quality)
+    decode_folder(
+        tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(format=format, quality=quality)
+    )
     exact, found = read_image(tmp_path / "png/a.png").pixels, read_image(tmp_path / f"out/a.{format}").pixels
     error = np.abs(exact.astype(int) - found).mean()
     assert error < (25 if quality else 5 if format == "jpg" else 1e-9)  # noise, the worst case
     assert quality is None or error > 5
     mark = read_mark(tmp_path / f"out/a.{format}")
     assert mark is not None and mark.latent_digest == read_header(tmp_path / "latents/a.png.safetensors").latent_digest
-    again = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, format=format, quality=quality)
+    again = decode_folder(
+        tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(format=format, quality=quality)
+    )
     assert (again.done, again.skipped) == (0, 1)
 
 
@@ -357,7 +370,10 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
         image.save(images / "turned.jpg", exif=turned)
     options = EncodeOptions(format="kohya-npz", size=size)
     run = EncodeRun(images, tmp_path / "out", vae_path, options)
-    encoded_at = {path.name: read_pixels(path, options).pixels.shape[:2] for path in images.iterdir()}
+    encoded_at = {
+        path.name: load_image(ImageFile(path.name, path), run.encoder.preprocessing).pixels.shape[:2]
+        for path in images.iterdir()
+    }
     expected = {name for name, (height, width) in encoded_at.items() if width % 8 or height % 8}
     planned = {item.key: item.reason for item in run.plan.failures}
     assert planned.keys() == expected
@@ -373,19 +389,21 @@ def test_a_large_jpeg_is_decoded_small_where_it_is_resized_and_its_size_is_recor
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {"a.jpg": (331, 245), "b.png": (331, 245)})
-    encode_folder(images, tmp_path / "small", vae=vae_path, size=24)
+    encode_folder(images, tmp_path / "small", vae=vae_path, options=EncodeOptions(size=24))
     encode_folder(images, tmp_path / "whole", vae=vae_path)
     for name in ("a.jpg", "b.png"):
         small, whole = (read_header(tmp_path / kind / f"{name}.safetensors") for kind in ("small", "whole"))
         assert (small.source.width, small.source.height) == (331, 245)
         assert (small.image.width, small.image.height) == (32, 24)  # 32.4: by the size of the whole picture
         assert (small.preprocessing.jpeg_margin, whole.preprocessing.jpeg_margin) == (JPEG_MARGIN, None)
-    options = EncodeOptions(size=24)
-    reduced = read_pixels(images / "a.jpg", options).pixels
-    assert not np.array_equal(reduced, read_pixels(images / "a.jpg", options, jpeg_margin=None).pixels)
-    assert np.array_equal(
-        read_pixels(images / "b.png", options).pixels, read_pixels(images / "b.png", options, jpeg_margin=None).pixels
-    )
+    with_margin = small.preprocessing
+    without = replace(with_margin, jpeg_margin=None)
+
+    def pixels(name: str, preprocessing: Preprocessing) -> np.ndarray:
+        return load_image(ImageFile(name, images / name), preprocessing).pixels
+
+    assert not np.array_equal(pixels("a.jpg", with_margin), pixels("a.jpg", without))
+    assert np.array_equal(pixels("b.png", with_margin), pixels("b.png", without))
 
 
 def written_before_there_was_a_jpeg_margin(latent_path: Path) -> None:
@@ -408,7 +426,7 @@ def test_latents_of_wholly_decoded_jpegs_are_stale_only_where_they_would_be_redu
     images = make_images(tmp_path / "images", {"large.jpg": (130, 96), "small.jpg": (130, 95)})
     for size, stale in ((24, {"large.jpg"}), (None, set())):
         latents = tmp_path / f"latents-{size}"
-        encode_folder(images, latents, vae=vae_path, size=size)
+        encode_folder(images, latents, vae=vae_path, options=EncodeOptions(size=size))
         for path in latents.glob("*.safetensors"):
             written_before_there_was_a_jpeg_margin(path)
         run = EncodeRun(images, latents, vae_path, EncodeOptions(size=size))
@@ -454,7 +472,9 @@ def test_the_warning_for_kohya_names_what_its_trainers_leave_out(
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     out, vae = tmp_path / "out", make_vae(**fields)
-    (warning,) = encode_folder(images, out, vae=vae, format="kohya-npz", kohya_suffix=suffix).warnings
+    (warning,) = encode_folder(
+        images, out, vae=vae, options=EncodeOptions(format="kohya-npz", kohya_suffix=suffix)
+    ).warnings
     assert all(word in warning for word in named) and not any(word in warning for word in unnamed)
     assert f"--fold-scale {0.18215 if suffix == 'sd' else 0.13025}" in warning
 
@@ -492,13 +512,16 @@ def test_files_of_others_are_replaced_only_when_asked(tmp_path: Path, make_image
     report = encode_folder(images, tmp_path / "latents", vae=vae_path)
     assert (report.done, report.failed, report.exit_code) == (1, 1, 3)
     assert "is no latent file of sdvae" in report.failures[0].reason and "--overwrite" in report.failures[0].reason
-    assert encode_folder(images, tmp_path / "latents", vae=vae_path, overwrite=True).done == 2
+    assert encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(overwrite=True)).done == 2
     (tmp_path / "latents/diffusion_pytorch_model.safetensors").unlink()
 
     make_images(tmp_path / "out", {"a.png": (3, 3)})
     report2 = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
     assert (report2.done, report2.failed, size_of(picture)) == (1, 1, (3, 3))
-    assert decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, overwrite=True).done == 2
+    assert (
+        decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(overwrite=True)).done
+        == 2
+    )
     assert size_of(picture) == (16, 16)
 
 
@@ -539,7 +562,9 @@ def test_latents_of_another_vae_are_refused_unless_allowed(
     mixed = decode_folder(tmp_path / "latents", tmp_path / "out", vae=other_vae_path)
     assert (mixed.done, mixed.failed, files_below(tmp_path / "out")) == (1, 1, ["b.png"])
     assert mixed.failures[0].reason.startswith("made by another VAE")
-    allowed = decode_folder(tmp_path / "latents", tmp_path / "out", vae=other_vae_path, allow_other_vae=True)
+    allowed = decode_folder(
+        tmp_path / "latents", tmp_path / "out", vae=other_vae_path, options=DecodeOptions(allow_other_vae=True)
+    )
     assert (allowed.done, allowed.skipped) == (1, 1)
 
 
@@ -557,7 +582,7 @@ def test_when_memory_runs_out_the_run_goes_on_image_by_image_and_says_so(
         return encode(x)
 
     monkeypatch.setattr(vae, "encode", encode_in_little_memory)
-    report = encode_folder(images, tmp_path / "latents", vae=vae, batch_size=3)
+    report = encode_folder(images, tmp_path / "latents", vae=vae, options=EncodeOptions(batch_size=3))
     assert (report.done, [failure.key for failure in report.failures]) == (7, ["large.png"])
     assert report.failures[0].reason.startswith("out of memory at 48 x 48 px")
     assert report.warnings == ("out of memory with a batch of 3: went on image by image",)
@@ -580,7 +605,7 @@ def test_a_full_disk_stops_the_run_with_what_to_do_and_the_next_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync_on_a_small_disk)
         with pytest.raises(SdvaeError, match=r"No space left.*MB free.*5 of 20 files were written.*again to continue"):
-            encode_folder(images, tmp_path / "latents", vae=vae_path, batch_size=1, workers=1)
+            encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(batch_size=1, workers=1))
     assert len(files_below(tmp_path / "latents")) == 5
     assert written < 13  # it stopped, and did not try all the others
     report = encode_folder(images, tmp_path / "latents", vae=vae_path)

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
-from sdvae.codec.options import SHARDED_FORMATS
+from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
 from sdvae.errors import CheckpointError, ConfigError, SdvaeError
@@ -46,7 +46,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Pat
     out = tmp_path_factory.mktemp("caches")
     for format in FORMATS:
         options: dict[str, Any] = {"shard_size": 2} if format in SHARDED_FORMATS else {}
-        encode_folder(images, out / format, vae=vae_path, format=format, **options)
+        encode_folder(images, out / format, vae=vae_path, options=EncodeOptions(format=format, **options))
     return {format: out / format for format in FORMATS}
 
 
@@ -108,7 +108,7 @@ def test_what_is_stored_is_reproduced_in_its_type_and_with_its_seed(
     tmp_path: Path, images: Path, vae_path: Path, store: str, latent_dtype: str
 ) -> None:
     options = {"store": store, "latent_dtype": latent_dtype, "seed": 5, "size": 16, "crop": "center"}
-    encode_folder(images, tmp_path / "cache", vae=vae_path, **options)  # type: ignore[arg-type]
+    encode_folder(images, tmp_path / "cache", vae=vae_path, options=EncodeOptions(**options))  # type: ignore[arg-type]
     report = verify_cache(tmp_path / "cache", images=images, device="cpu")  # the VAE is found by its name
     assert report.problems == () and len(report.reencoded) == 5
     worst = max(each.difference for each in report.reencoded)
@@ -117,7 +117,7 @@ def test_what_is_stored_is_reproduced_in_its_type_and_with_its_seed(
 
 def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path, vae_path: Path) -> None:
     cache = tmp_path / "cache"
-    encode_folder(images, cache, vae=vae_path, store="sample", seed=5)
+    encode_folder(images, cache, vae=vae_path, options=EncodeOptions(store="sample", seed=5))
     path = cache / "a.png.safetensors"
     file = LatentFile.read(path)
     LatentFile(header=replace(file.header, seed=6), tensors=file.tensors).write(path)
@@ -256,11 +256,11 @@ def test_a_cache_of_two_vaes_or_preprocessings_is_found(
     cache = tmp_path / "cache"
     more = make_images(tmp_path / "more", {"x.png": (16, 16)})
     encode_folder(images, cache, vae=vae_path)
-    encode_folder(more, cache, vae=other_vae_path, size=8)
+    encode_folder(more, cache, vae=other_vae_path, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert (problem.file, problem.key) == ("x.png.safetensors", "x.png")
     assert "made by another VAE than the rest" in problem.reason
-    encode_folder(more, cache, vae=vae_path, size=8)
+    encode_folder(more, cache, vae=vae_path, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert problem.reason == "made with other settings than the rest: preprocessing"
 

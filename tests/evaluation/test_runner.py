@@ -22,6 +22,7 @@ from PIL import Image
 
 from sdvae import files
 from sdvae.checkpoints.opened import open_any_vae
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
 from sdvae.data.sources.files import find_images
@@ -83,7 +84,7 @@ def numbers(result: EvaluationResult) -> dict[str, Any]:
 
 def test_psnr_is_that_of_the_reconstructed_files(photos: Path, tmp_path: Path, mine: Path) -> None:
     result = run(photos, tmp_path / "out", mine)
-    encode_folder(photos, tmp_path / "latents", vae=mine, latent_dtype="float32")
+    encode_folder(photos, tmp_path / "latents", vae=mine, options=EncodeOptions(latent_dtype="float32"))
     decode_folder(tmp_path / "latents", tmp_path / "decoded", vae=mine)
     expected = [
         psnr(read_image(photos / key).pixels, read_image(tmp_path / "decoded" / key).pixels)

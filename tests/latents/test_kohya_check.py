@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
 from sdvae.errors import LatentFileError
@@ -45,7 +46,12 @@ def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Pat
     """By `--store`, with the mirrored images."""
     out = tmp_path_factory.mktemp("caches")
     for store in STORES:
-        encode_folder(images, out / store, vae=vae_path, format="kohya-npz", store=store, flip=True, seed=3, size=64)
+        encode_folder(
+            images,
+            out / store,
+            vae=vae_path,
+            options=EncodeOptions(format="kohya-npz", store=store, flip=True, seed=3, size=64),
+        )
     return {store: out / store for store in STORES}
 
 
@@ -95,7 +101,9 @@ def test_what_was_written_is_right_with_and_without_the_images(
 ) -> None:
     out = tmp_path / "cache"
     options: dict[str, Any] = {"store": store, "latent_dtype": dtype, "size": 64, "crop": "center", "seed": 9}
-    encode_folder(images, out, vae=vae_path, format="kohya-npz", kohya_suffix="sdxl", flip=True, **options)
+    encode_folder(
+        images, out, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", flip=True, **options)
+    )
     report = verify_cache(out, images=images, vae=vae_path, device="cpu")
     assert (report.problems, report.warnings, len(report.reencoded)) == ((), (), 2)
     # beside the type of mean, logvar or z, `latents` and `latents_flipped` are of float32
@@ -110,7 +118,7 @@ def test_turned_photographs_and_names_with_dots_are_right(
         exif = image.getexif()
         exif[0x0112] = 6
         image.save(images / "a.b.jpg", exif=exif)
-    encode_folder(images, images, vae=vae_path, format="kohya-npz")
+    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
     assert verify_cache(images, images=images, vae=vae_path, device="cpu").problems == ()
 
 
@@ -118,8 +126,10 @@ def test_files_for_both_trainers_lie_side_by_side_but_not_of_two_sizes(
     tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path
 ) -> None:
     cache = shutil.copytree(caches["moments"], tmp_path / "cache")
-    options: dict[str, Any] = {"vae": vae_path, "seed": 3, "size": 64, "flip": True}
-    encode_folder(images, cache, format="kohya-npz", kohya_suffix="sdxl", **options)
+    options: dict[str, Any] = {"seed": 3, "size": 64, "flip": True}
+    encode_folder(
+        images, cache, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", **options)
+    )
     assert verify_cache(cache).problems == ()
     shutil.copy(cache / NAME, cache / NAME.replace("0064x0096", "0096x0064"))
     problems = verify_cache(cache).problems
@@ -131,7 +141,9 @@ def test_the_rounding_of_a_draw_is_measured_at_its_own_size(
     tmp_path: Path, images: Path, vae_path: Path, dtype: str
 ) -> None:
     """What the writer leaves stays inside; three times as much as the type may round does not."""
-    encode_folder(images, tmp_path / "cache", vae=vae_path, format="kohya-npz", latent_dtype=dtype)
+    encode_folder(
+        images, tmp_path / "cache", vae=vae_path, options=EncodeOptions(format="kohya-npz", latent_dtype=dtype)
+    )
     header, arrays = kohya.read_all(tmp_path / "cache" / NAME)
     assert trainer_problems(NAME, header, arrays) == []
     mean, logvar, latents = (arrays[name].astype(np.float32) for name in ("mean", "logvar", "latents"))
@@ -207,7 +219,7 @@ def test_mirrored_draws_by_the_seed_of_the_image_itself_are_found(
 ) -> None:
     """A draw from the right posterior with the wrong random numbers is another latent."""
     other = tmp_path / "other"
-    encode_folder(images, other, vae=vae_path, format="kohya-npz", flip=True, seed=4, size=64)
+    encode_folder(images, other, vae=vae_path, options=EncodeOptions(format="kohya-npz", flip=True, seed=4, size=64))
     with np.load(other / NAME) as npz:
         flipped = npz["latents_flipped"]
     cache = damaged(tmp_path, caches["moments"], lambda arrays: arrays.update(latents_flipped=flipped))

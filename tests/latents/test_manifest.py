@@ -14,7 +14,7 @@ import pytest
 
 from sdvae.codec import listing
 from sdvae.codec.cache_files import find_cache_files
-from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS
+from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS, EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.errors import ConfigError, LatentFileError
 from sdvae.latents.manifest import Manifest, manifest_format, read_manifest, write_manifest
@@ -52,7 +52,9 @@ def test_the_manifest_lists_every_latent_with_its_digest(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
-    report = encode_folder(images, tmp_path / "out", vae=vae_path, store="mode", **two_to_a_shard(format))
+    report = encode_folder(
+        images, tmp_path / "out", vae=vae_path, options=EncodeOptions(store="mode", **two_to_a_shard(format))
+    )
     assert report.manifest == str(tmp_path / "out/manifest.jsonl")
     check(tmp_path / "out", format, 3)
     lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
@@ -76,16 +78,16 @@ def test_runs_over_different_images_are_listed_together(
 ) -> None:
     one, out = make_images(tmp_path / "one", SIZES), tmp_path / "out"
     two = make_images(tmp_path / "two", {"x.png": (64, 64), "y.png": (64, 64)})
-    encode_folder(one, out, vae=vae_path, **two_to_a_shard(format))
-    encode_folder(two, out, vae=vae_path, **two_to_a_shard(format))
+    encode_folder(one, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
+    encode_folder(two, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
     check(out, format, 5)
     make_images(one, {"a.png": (128, 64)})
-    encode_folder(one, out, vae=vae_path, **two_to_a_shard(format))
+    encode_folder(one, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
     manifest = check(out, format, 5)
     assert len({item.key for file in manifest.files for item in file.items}) == 5
     for path in find_cache_files(out, format)[:1]:
         path.unlink()
-    encode_folder(two, out, vae=vae_path, **two_to_a_shard(format))
+    encode_folder(two, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
     check(out, format, read_manifest(out).num_items)
 
 
@@ -94,7 +96,7 @@ def test_what_is_listed_and_unchanged_is_not_read_again(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, out = make_images(tmp_path / "images", SIZES), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, format=format)
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     before, times = (out / "manifest.jsonl").read_bytes(), (out / "manifest.jsonl").stat().st_mtime_ns
     read: list[Path] = []
 
@@ -103,16 +105,16 @@ def test_what_is_listed_and_unchanged_is_not_read_again(
         return read_items(path, format)
 
     monkeypatch.setattr(listing, "read_items", counting)
-    encode_folder(images, out, vae=vae_path, format=format)
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     assert read == [] and (out / "manifest.jsonl").stat().st_mtime_ns == times
     touched = find_cache_files(out, format)[0]
     os.utime(touched, (1, 1))
-    encode_folder(images, out, vae=vae_path, format=format)
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     assert read == [touched]
     check(out, format, 3)
     (out / "manifest.jsonl").unlink()  # as in a folder that an earlier version wrote
     os.utime(touched, ns=(1, json.loads(before.splitlines()[1])["mtime_ns"]))
-    encode_folder(images, out, vae=vae_path, format=format)
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     assert sorted(read[1:]) == find_cache_files(out, format)
     assert (out / "manifest.jsonl").read_bytes() == before
 
@@ -151,7 +153,7 @@ def test_a_manifest_of_before_the_statistics_of_the_vae_is_read_and_brought_up_t
             del record["latents_mean"], record["latents_std"]
         path.write_text("\n".join([json.dumps(old), *files, ""]))
         assert read_manifest(out).common("vae").latents_mean is None
-        encode_folder(images, out, vae=vae, overwrite=True)
+        encode_folder(images, out, vae=vae, options=EncodeOptions(overwrite=True))
         check(out, "safetensors", 1)
         assert read_manifest(out).common("vae").latents_mean == mean
 
@@ -190,7 +192,7 @@ def test_a_manifest_of_others_is_replaced_only_when_asked(
     with pytest.raises(ConfigError, match="has no schema sdvae.latent-cache/1.*--overwrite"):
         encode_folder(images, images, vae=vae_path)
     assert manifest_format(tmp_path) is None
-    encode_folder(images, images, vae=vae_path, overwrite=True)
+    encode_folder(images, images, vae=vae_path, options=EncodeOptions(overwrite=True))
     check(images, "safetensors", 1)
 
 
@@ -201,7 +203,7 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path, make_images: Make
         if forget:
             (out / "manifest.jsonl").unlink()
         with pytest.raises(ConfigError, match="holds latents of the format safetensors; one folder takes one format"):
-            encode_folder(images, out, vae=vae_path, format="webdataset", overwrite=True)
+            encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="webdataset", overwrite=True))
     assert encode_folder(images, out, vae=vae_path).skipped == 1
 
 

@@ -24,7 +24,7 @@ from sdvae.cli.main import cli
 from sdvae.codec import listing, merging
 from sdvae.codec.cache_files import find_cache_files, part_of_shard, shard_name
 from sdvae.codec.merging import merge_parts
-from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions
 from sdvae.codec.run import EncodeRun, decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError, LatentFileError
@@ -55,8 +55,10 @@ def options_for(format: str, shard_size: int = 2) -> dict[str, Any]:
     return {"format": format, "shard_size": shard_size if format in SHARDED_FORMATS else None, "batch_size": 1}
 
 
-def in_parts(images: Path, out: Path, count: int, **options: Any) -> list[Any]:
-    return [encode_folder(images, out, shard=f"{i}/{count}", **options) for i in range(1, count + 1)]
+def in_parts(images: Path, out: Path, count: int, vae: Path, **options: Any) -> list[Any]:
+    return [
+        encode_folder(images, out, vae, EncodeOptions(shard=f"{i}/{count}", **options)) for i in range(1, count + 1)
+    ]
 
 
 def latents(out: Path, format: str) -> dict[str, bytes]:
@@ -140,9 +142,9 @@ def test_parts_give_what_one_run_gives(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, count: int
 ) -> None:
     images = make_images(tmp_path / "images", numbered(5))
-    options = {"vae": vae_path, **options_for(format)}
-    encode_folder(images, tmp_path / "whole", **options)
-    reports = in_parts(images, tmp_path / "out", count, **options)
+    options = {**options_for(format)}
+    encode_folder(images, tmp_path / "whole", vae=vae_path, options=EncodeOptions(**options))
+    reports = in_parts(images, tmp_path / "out", count, vae=vae_path, **options)
     assert sum(report.done for report in reports) == 5 and {report.exit_code for report in reports} == {0}
     assert latents(tmp_path / "out", format) == latents(tmp_path / "whole", format)
     assert without_places(read_manifest(tmp_path / "out")) == without_places(read_manifest(tmp_path / "whole"))
@@ -151,7 +153,7 @@ def test_parts_give_what_one_run_gives(
         MANIFEST_NAME,  # the last part merges
     ]
     assert verify_cache(tmp_path / "out", images=images, vae=vae_path).problems == ()
-    again = in_parts(images, tmp_path / "out", count, **options)
+    again = in_parts(images, tmp_path / "out", count, vae=vae_path, **options)
     assert [(report.done, Path(report.manifest).name) for report in again] == [(0, MANIFEST_NAME)] * count
 
 
@@ -166,7 +168,7 @@ def test_parts_that_run_at_the_same_time_do_not_disturb_each_other(
     for process in processes:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
-    encode_folder(images, tmp_path / "whole", vae=vae_path, **options_for(format))
+    encode_folder(images, tmp_path / "whole", vae=vae_path, options=EncodeOptions(**options_for(format)))
     assert latents(out, format) == latents(tmp_path / "whole", format)
     assert without_places(read_manifest(out)) == without_places(read_manifest(tmp_path / "whole"))
     assert verify_cache(out).problems == ()
@@ -190,8 +192,8 @@ def test_a_part_that_is_killed_goes_on_alone_and_the_last_one_merges(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str], format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(40, (64, 64))), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    other = encode_folder(images, out, shard="2/2", **options)
+    options = {**options_for(format)}
+    other = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options))
     times = {path: path.stat().st_mtime_ns for path in find_cache_files(out, format)}
     process = start(slowly_writing_sdvae, images, out, vae_path, "1/2", format)
     try:
@@ -208,7 +210,7 @@ def test_a_part_that_is_killed_goes_on_alone_and_the_last_one_merges(
     assert read_manifest(out / part_manifest_name(Part(1, 2))).num_files == 0  # no line about what it did not finish
     assert not (out / MANIFEST_NAME).exists() and merge_parts(out).missing == ("1/2",)
     begun = len(latents(out, format)) - other.done
-    report = encode_folder(images, out, shard="1/2", **options)
+    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
     assert (report.done, report.skipped) == (40 - other.done - begun, begun) and begun >= 3
     assert all(path.stat().st_mtime_ns == written for path, written in times.items())
     assert len(latents(out, format)) == 40 == read_manifest(out).num_items
@@ -219,11 +221,11 @@ def test_images_that_are_added_move_no_other_image_to_another_part(
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(9)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for("webdataset")}
-    encode_folder(images, out, shard="1/2", **options)
+    options = {**options_for("webdataset")}
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
     make_images(images, {"!.png": (16, 16), "000.png": (16, 16), "zz.png": (16, 16)})  # while part 2 has not begun
-    encode_folder(images, out, shard="2/2", **options)
-    report = encode_folder(images, out, shard="1/2", **options)
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options))
+    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
     assert len(latents(out, "webdataset")) == 12 == read_manifest(out).num_items and report.exit_code == 0
 
 
@@ -235,8 +237,8 @@ def test_a_part_that_encodes_again_takes_the_manifest_away_until_it_has_ended(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    in_parts(images, out, 2, **options)
+    options = {**options_for(format)}
+    in_parts(images, out, 2, vae=vae_path, **options)
     key = next(key for key in numbered(6) if Part(1, 2).has(key))
     make_images(images, {key: (24, 16)})
     seen: list[tuple[bool, list[str]]] = []
@@ -246,7 +248,7 @@ def test_a_part_that_encodes_again_takes_the_manifest_away_until_it_has_ended(
         seen.append(((out / MANIFEST_NAME).exists(), [item.key for file in listed.files for item in file.items]))
         assert merge_parts(out).missing == ("1/2",)
 
-    report = encode_folder(images, out, shard="1/2", on_progress=look, **options)
+    report = encode_folder(images, out, vae=vae_path, on_progress=look, options=EncodeOptions(shard="1/2", **options))
     assert report.done == 1 and seen and all(not there and key not in keys for there, keys in seen)
     assert report.manifest == str(out / MANIFEST_NAME) and read_manifest(out).num_items == 6
     assert verify_cache(out, images=images, vae=vae_path).problems == ()  # of kohya-npz: nothing left by the old name
@@ -295,11 +297,11 @@ def test_a_run_of_the_whole_takes_over_what_parts_have_begun(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    first = encode_folder(images, out, shard="2/3", **options)
+    options = {**options_for(format)}
+    first = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/3", **options))
     assert not (out / MANIFEST_NAME).exists() and first.done
     assert any("sdvae merge" in warning for warning in verify_cache(out).warnings)
-    whole = encode_folder(images, out, **options)
+    whole = encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
     assert (whole.done, whole.skipped) == (6 - first.done, first.done)
     assert len(latents(out, format)) == 6 == read_manifest(out).num_items
     assert find_part_manifests(out) == {} and verify_cache(out).problems == ()
@@ -310,9 +312,9 @@ def test_another_number_of_parts_skips_what_is_done_and_merges_without_the_old_o
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(8)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    begun = encode_folder(images, out, shard="1/2", **options).done
-    reports = in_parts(images, out, 3, **options)
+    options = {**options_for(format)}
+    begun = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options)).done
+    reports = in_parts(images, out, 3, vae=vae_path, **options)
     assert sum(report.done for report in reports) == 8 - begun
     assert sorted(find_part_manifests(out)) == Part(1, 3).all()
     assert len(latents(out, format)) == 8 == read_manifest(out).num_items
@@ -323,15 +325,15 @@ def test_a_part_does_not_change_shards_that_are_not_its_own(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    encode_folder(images, out, **options)
-    assert sum(report.skipped for report in in_parts(images, out, 2, **options)) == 6
+    options = {**options_for(format)}
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    assert sum(report.skipped for report in in_parts(images, out, 2, vae=vae_path, **options)) == 6
     make_images(images, {key: (24, 16) for key in numbered(6)})
     with pytest.raises(
         ConfigError, match="the source changed.*00000[0-2].*which part 1/2 may not change: encode without"
     ):
-        encode_folder(images, out, shard="1/2", **options)
-    assert encode_folder(images, out, **options).done == 6
+        encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
+    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options)).done == 6
 
 
 @sharded
@@ -339,21 +341,21 @@ def test_a_part_does_not_look_into_shards_that_another_may_be_writing(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for(format)}
-    encode_folder(images, out, shard="2/2", **options)
+    options = {**options_for(format)}
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options))
     find_cache_files(out, format)[0].write_bytes(b"gone before it could be read")
-    assert encode_folder(images, out, shard="1/2", **options).exit_code == 0
+    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options)).exit_code == 0
 
 
 def test_parts_of_different_settings_are_said_to_be(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
-    options = {"vae": vae_path, **options_for("webdataset")}
-    encode_folder(images, out, shard="1/2", **options)
-    report = encode_folder(images, out, shard="2/2", store="mode", **options)
+    options = {**options_for("webdataset")}
+    encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
+    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", store="mode", **options))
     assert any("different settings" in warning for warning in report.warnings)
     assert verify_cache(out).problems != ()
     with pytest.raises(ConfigError, match="holds latents of the format webdataset"):
-        encode_folder(images, out, shard="2/2", vae=vae_path)
+        encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2"))
 
 
 @each_format
@@ -364,13 +366,13 @@ def test_a_damaged_image_is_reported_by_its_part_and_by_the_merge(
     key = next(key for key in numbered(6) if Part(2, 2).has(key))
     whole = (images / key).read_bytes()
     (images / key).write_bytes(whole[:60])
-    options = {"vae": vae_path, **options_for(format)}
-    good, bad = in_parts(images, out, 2, **options)
+    options = {**options_for(format)}
+    good, bad = in_parts(images, out, 2, vae=vae_path, **options)
     assert (good.exit_code, bad.exit_code) == (0, 3) and [failure.key for failure in bad.failures] == [key]
     merged = merge_parts(out)
     assert (merged.failed, merged.num_items, merged.exit_code) == ({"2/2": 1}, 5, 3)
     (images / key).write_bytes(whole)
-    assert encode_folder(images, out, shard="2/2", **options).done == 1
+    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options)).done == 1
     assert (merge_parts(out).exit_code, read_manifest(out).num_items) == (0, 6)
 
 
@@ -410,10 +412,10 @@ def test_packed_images_are_divided_as_files_are(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
     packed = pack(images, tmp_path / "packed")
-    options = {"vae": vae_path, **options_for(format)}
-    reports = in_parts(packed, out, 3, **options)
+    options = {**options_for(format)}
+    reports = in_parts(packed, out, 3, vae=vae_path, **options)
     assert sum(report.done for report in reports) == 6 == read_manifest(out).num_items
-    encode_folder(images, tmp_path / "whole", **options)
+    encode_folder(images, tmp_path / "whole", vae=vae_path, options=EncodeOptions(**options))
 
     def means(folder: Path) -> dict[str, list[float]]:
         items = [item for path in find_cache_files(folder, format) for item in read_items(path, format)]
@@ -421,7 +423,7 @@ def test_packed_images_are_divided_as_files_are(
 
     assert means(out) == means(tmp_path / "whole")
     assert {key.split("/")[0] for key in latents(out, format)} == folders
-    again = in_parts(packed, out, 3, **options)
+    again = in_parts(packed, out, 3, vae=vae_path, **options)
     assert sum(report.done for report in again) == 0
     checked = verify_cache(out, images=packed, device="cpu")
     assert (checked.problems, len(checked.reencoded)) == ((), 6)
@@ -435,7 +437,7 @@ def test_decoding_in_parts_gives_the_images_of_one_run(
     encode_folder(images, tmp_path / "latents", vae=vae_path)
     decode_folder(tmp_path / "latents", tmp_path / "whole", vae=vae_path)
     done = [
-        decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, shard=str(part)).done
+        decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(shard=str(part))).done
         for part in Part(1, count).all()
     ]
     assert sum(done) == 6

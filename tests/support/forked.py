@@ -80,7 +80,7 @@ def fork_sdvae(
     """The command sdvae. seconds_per_file: how much longer it takes to write each file, so that a test that has seen
     the first ones finds it at work, however busy the machine.
     """
-    return fork(_sdvae, [str(word) for word in words], seconds_per_file, folder=folder, env=env)
+    return fork(run_sdvae, [str(word) for word in words], seconds_per_file, folder=folder, env=env)
 
 
 def fork_launched(
@@ -97,11 +97,6 @@ def fork_launched(
     ]
 
 
-def run_sdvae(words: Sequence[str]) -> None:
-    """The command, to be given to `fork_launched`."""
-    _sdvae(words, 0.0)
-
-
 def _run(
     function: Callable[..., object], args: Sequence[object], env: Mapping[str, str], cwd: str, stdout: str, stderr: str
 ) -> None:
@@ -113,7 +108,8 @@ def _run(
     function(*args)
 
 
-def _sdvae(words: Sequence[str], seconds_per_file: float) -> None:
+def run_sdvae(words: Sequence[str], seconds_per_file: float = 0.0) -> None:
+    """The command in this process, to be given to `fork_launched`."""
     if seconds_per_file:
         fsync = os.fsync
         os.fsync = lambda file: (time.sleep(seconds_per_file), fsync(file))[1]  # type: ignore[func-returns-value]

@@ -74,18 +74,18 @@ class ConvertReport:
         return {"command": "convert", **asdict(self), "verification": verification, "exit_code": self.exit_code}
 
 
-def convert(src: str | Path | None, dst: str | Path, **options: Any) -> ConvertReport:
+def convert(src: str | Path | None, dst: str | Path, options: ConvertOptions | None = None) -> ConvertReport:
     """Write a VAE in another layout, type or scale, or into a copy of a pipeline, and check what was written.
 
     src: any reference that `read_checkpoint` takes; None is the bundled VAE. dst: a folder, or for to="ldm" a
-        .safetensors file. options: the fields of `ConvertOptions`.
+        .safetensors file.
     Returns: a report. Run again with the same arguments, it finds the result up to date and writes nothing.
     Raises: OutputExistsError where something else is at dst; CheckpointError for a source that cannot be read, values
         that the new type cannot hold, a fold of a scale that is only assumed or that would not be exact, and a result
         that differs from its source by more than `verify_conversion.TOLERANCES`; ConfigError for options that do not
         go together.
     """
-    chosen = ConvertOptions(**options)
+    chosen = options or ConvertOptions()
     target = Path(dst).expanduser()
     pipeline = read_pipeline(chosen.into) if chosen.into else None
     place = Place(target, chosen, pipeline)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Protocol
 from sdvae.errors import ConfigError, ImageError
 
 __all__ = [
+    "FileBytes",
     "IMAGE_SUFFIXES",
     "ImageFile",
     "Member",
@@ -25,6 +27,8 @@ __all__ = [
     "find_images",
     "folder_digest",
     "os_reason",
+    "read_regular",
+    "refuse_unless_file",
 ]
 
 # Names that mean a picture. HEIC and JPEG XL are among them although Pillow alone reads neither: a picture that
@@ -77,6 +81,16 @@ class ImageFile:
             return self.member.has_stamp(size_bytes, mtime_ns)
         return self.stamp() == (size_bytes, mtime_ns)
 
+    def read(self) -> FileBytes:
+        """Its bytes, with what tells them from others. Raises: ImageError."""
+        try:
+            size_bytes, mtime_ns = self.stamp()  # before the bytes: a change while they are read shows in the next run
+        except OSError as error:
+            raise ImageError(f"{self.path}: {os_reason(error)}") from error
+        content = self.content()
+        data = read_regular(content) if isinstance(content, Path) else content
+        return FileBytes(data=data, size_bytes=size_bytes, mtime_ns=mtime_ns)
+
     def content(self) -> Path | bytes:
         """The file, or of a member its bytes. Raises: ImageError."""
         return self.member.content(str(self.path)) if self.member else self.path
@@ -87,6 +101,45 @@ class ImageFile:
         if isinstance(content, Path):
             return file_digest(content)
         return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileBytes:
+    """The bytes of a file, read once."""
+
+    data: bytes
+    size_bytes: int  # with mtime_ns: a quick sign that the file is unchanged, before its bytes are read again
+    mtime_ns: int
+
+    @property
+    def digest(self) -> str:
+        """As `file_digest`."""
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+
+def refuse_unless_file(path: Path) -> None:
+    """Raises: ImageError for what is no regular file with something in it: a pipe would make open() wait for ever."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImageError(f"{path}: {os_reason(error)}") from error
+    except ValueError as error:  # a zero character in the name
+        raise ImageError(f"{path}: no such file") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path}: is a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path}: is not a regular file")
+    if status.st_size == 0:
+        raise ImageError(f"{path}: is empty (0 bytes)")
+
+
+def read_regular(path: Path) -> bytes:
+    """The bytes of a regular file. Raises: ImageError."""
+    refuse_unless_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {os_reason(error)}") from error
 
 
 def find_images(spec: str | Path) -> list[ImageFile]:

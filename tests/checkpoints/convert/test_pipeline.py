@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline,
 from transformers import CLIPTextModel
 
 from sdvae.checkpoints.convert import run as convert_module
+from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.pipeline import read_pipeline
 from sdvae.checkpoints.convert.run import convert
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
@@ -97,7 +98,7 @@ def test_the_new_pipeline_differs_in_its_vae_alone_and_draws_with_it(pipeline: P
     (pipeline / "notes").mkdir()
     (pipeline / "notes/é.bin").write_bytes(bytes(range(256)))
     before = contents(pipeline)
-    report = convert(vae, tmp_path / "new", into=pipeline)
+    report = convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     assert contents(pipeline) == before
     assert without_vae(tmp_path / "new") == without_vae(pipeline)
     assert sorted(path.name for path in (tmp_path / "new/vae").iterdir()) == [
@@ -120,7 +121,7 @@ def test_a_pipeline_saved_with_our_class_gets_the_stock_one_and_keeps_its_other_
     (pipeline / "model_index.json").write_text(
         json.dumps(index | {"vae": ["sdvae.model.autoencoder", "AutoencoderKL"], "extra": [1, None]})
     )
-    convert(vae, tmp_path / "new", into=pipeline)
+    convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     assert json.loads((tmp_path / "new/model_index.json").read_text()) == index | {"extra": [1, None]}
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
 
@@ -132,7 +133,7 @@ def test_links_become_files_and_what_a_download_left_is_not_copied(pipeline: Pat
     weights.symlink_to(blob)
     (pipeline / ".cache").mkdir()
     (pipeline / ".cache/lock").write_text("")
-    convert(vae, tmp_path / "new", into=pipeline)
+    convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     copied = tmp_path / "new/unet/diffusion_pytorch_model.safetensors"
     assert not copied.is_symlink() and copied.read_bytes() == blob.read_bytes()
     assert not (tmp_path / "new/.cache").exists()
@@ -150,21 +151,21 @@ def test_latents_of_another_shape_are_refused_with_the_reason(
 ) -> None:
     make_vae(2, *widths, **others).save_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match=f"{message}.*diffusion model was made for latents of that shape"):
-        convert(tmp_path / "vae", tmp_path / "new", into=pipeline)
+        convert(tmp_path / "vae", tmp_path / "new", options=ConvertOptions(into=pipeline))
     assert not (tmp_path / "new").exists()
 
 
 def test_another_scale_is_told_with_what_it_means(pipeline: Path, vae: Path, tmp_path: Path) -> None:
-    (warning,) = convert(vae, tmp_path / "new", into=pipeline).warnings
+    (warning,) = convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline)).warnings
     assert "scaling_factor 0.18215 -> 0.5" in warning and "--fold-scale 0.18215" in warning
-    folded = convert(vae, tmp_path / "folded", into=pipeline, fold_scale=0.18215)
+    folded = convert(vae, tmp_path / "folded", options=ConvertOptions(into=pipeline, fold_scale=0.18215))
     assert not folded.warnings
     assert json.loads((tmp_path / "folded/vae/config.json").read_text())["scaling_factor"] == 0.18215
 
 
 def test_a_dry_run_says_how_much_would_be_copied_and_writes_nothing(pipeline: Path, vae: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
-    report = convert(vae, tmp_path / "new", into=pipeline, dry_run=True)
+    report = convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline, dry_run=True))
     assert report.status == "new"
     copied = sum(len(data) for data in without_vae(pipeline).values())
     assert copied < report.num_bytes < copied + 2e6
@@ -175,37 +176,39 @@ def test_a_copy_in_or_around_the_pipeline_is_refused(pipeline: Path, vae: Path, 
     (tmp_path / "link").symlink_to(pipeline)
     for target in (pipeline, pipeline / "new", pipeline / "vae", tmp_path, tmp_path / "link"):
         with pytest.raises(ConfigError, match="choose another folder"):
-            convert(vae, target, into=pipeline, overwrite=True)
-    assert convert(vae, tmp_path / "pipeline2", into=pipeline).status == "written"  # no folder inside, for all its name
+            convert(vae, target, options=ConvertOptions(into=pipeline, overwrite=True))
+    assert (
+        convert(vae, tmp_path / "pipeline2", options=ConvertOptions(into=pipeline)).status == "written"
+    )  # no folder inside, for all its name
 
 
 def test_what_is_no_pipeline_with_a_vae_is_refused(pipeline: Path, vae: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a diffusers pipeline"):
         read_pipeline(vae)
     with pytest.raises(ConfigError, match="no pipeline at '.*/nothing': .* does not exist"):
-        convert(vae, tmp_path / "new", into=tmp_path / "nothing")
+        convert(vae, tmp_path / "new", options=ConvertOptions(into=tmp_path / "nothing"))
     index = json.loads((pipeline / "model_index.json").read_text())
     for entry in ([None, None], ["diffusers", "VQModel"], None):
         (pipeline / "model_index.json").write_text(json.dumps(index | {"vae": entry}))
         with pytest.raises(CheckpointError, match="`vae` is"):
-            convert(vae, tmp_path / "new", into=pipeline)
+            convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
 
 
 def test_the_same_again_is_up_to_date_until_the_pipeline_or_the_copy_changes(
     pipeline: Path, vae: Path, tmp_path: Path
 ) -> None:
     new = tmp_path / "new"
-    convert(vae, new, into=pipeline)
-    assert convert(vae, new, into=pipeline).status == "up to date"
+    convert(vae, new, options=ConvertOptions(into=pipeline))
+    assert convert(vae, new, options=ConvertOptions(into=pipeline)).status == "up to date"
     (new / "unet/config.json").unlink()
     with pytest.raises(OutputExistsError):
-        convert(vae, new, into=pipeline)
-    assert convert(vae, new, into=pipeline, overwrite=True).status == "written"
+        convert(vae, new, options=ConvertOptions(into=pipeline))
+    assert convert(vae, new, options=ConvertOptions(into=pipeline, overwrite=True)).status == "written"
     config = pipeline / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("1000", "2000"))  # of the same size
     with pytest.raises(OutputExistsError):
-        convert(vae, new, into=pipeline)
-    assert convert(vae, new, into=pipeline, overwrite=True).status == "written"
+        convert(vae, new, options=ConvertOptions(into=pipeline))
+    assert convert(vae, new, options=ConvertOptions(into=pipeline, overwrite=True)).status == "written"
     assert "2000" in (new / "scheduler/scheduler_config.json").read_text()
 
 
@@ -221,18 +224,18 @@ def test_the_same_again_is_up_to_date_until_the_pipeline_or_the_copy_changes(
 def test_what_the_new_pipeline_would_lose_is_not_replaced(
     pipeline: Path, vae: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
-    convert(vae, tmp_path / "new", into=pipeline)
+    convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     spoil(tmp_path / "new")
     before = contents(tmp_path / "new")
     with pytest.raises(OutputExistsError, match=message):
-        convert(vae, tmp_path / "new", into=pipeline, dtype="float16", overwrite=True)
+        convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline, dtype="float16", overwrite=True))
     assert contents(tmp_path / "new") == before
 
 
 def test_a_pipeline_that_sdvae_did_not_write_is_not_replaced(pipeline: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(pipeline, tmp_path / "other")
     with pytest.raises(OutputExistsError, match="sdvae did not write"):
-        convert(vae, tmp_path / "other", into=pipeline, overwrite=True)
+        convert(vae, tmp_path / "other", options=ConvertOptions(into=pipeline, overwrite=True))
 
 
 def test_a_pipeline_that_cannot_be_copied_whole_leaves_nothing(
@@ -244,7 +247,7 @@ def test_a_pipeline_that_cannot_be_copied_whole_leaves_nothing(
 
     monkeypatch.setattr("sdvae.checkpoints.convert.pipeline.shutil.copy2", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        convert(vae, tmp_path / "new", into=pipeline)
+        convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     monkeypatch.undo()
 
     def interrupt(*arguments: Any) -> None:
@@ -252,7 +255,7 @@ def test_a_pipeline_that_cannot_be_copied_whole_leaves_nothing(
 
     monkeypatch.setattr(convert_module, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        convert(vae, tmp_path / "new", into=pipeline)
+        convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "vae"]
 
 
@@ -262,4 +265,4 @@ def test_a_disk_that_is_too_small_is_noticed_before_copying(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("sdvae.checkpoints.convert.pipeline.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="GB left"):
-        convert(vae, tmp_path / "new", into=pipeline)
+        convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))

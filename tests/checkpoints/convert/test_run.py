@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdvae.checkpoints import read, write
 from sdvae.checkpoints.convert import run as convert_module
+from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.convert.verify import build, compare, full_config, ldm_shapes, same_bits
 from sdvae.checkpoints.describe import describe_vae
@@ -115,7 +116,7 @@ def test_a_chain_of_conversions_keeps_every_bit_and_every_field(tmp_path: Path, 
     ]
     before = start
     for name, options in steps:
-        report = convert(before, tmp_path / name, **options)
+        report = convert(before, tmp_path / name, options=ConvertOptions(**options))
         assert report.verification and report.verification.identical
         assert [comparison.max_abs_error for comparison in report.verification.comparisons] == [0] * 4
         before = tmp_path / name
@@ -125,7 +126,7 @@ def test_a_chain_of_conversions_keeps_every_bit_and_every_field(tmp_path: Path, 
 
 
 def test_an_ldm_file_has_each_weight_under_the_name_of_the_original_program(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "a.safetensors", to="ldm")
+    convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     before, after = load_file(source / WEIGHTS), load_file(tmp_path / "a.safetensors")
     assert len(before) == len(after)
     for new, old in (  # read off the two classes by hand
@@ -156,7 +157,7 @@ def test_the_plan_of_the_original_class_is_that_of_the_released_file() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 def test_diffusers_own_converter_reads_the_ldm_file_as_the_source(source: Path, tmp_path: Path, prefix: str) -> None:
-    convert(source, tmp_path / "a.safetensors", to="ldm", prefix=prefix)
+    convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm", prefix=prefix))
     loaded = StockAutoencoderKL.from_single_file(str(tmp_path / "a.safetensors"), config=str(source))
     assert same_bits(loaded.state_dict(), load_file(source / WEIGHTS))
 
@@ -167,7 +168,7 @@ def test_diffusers_own_converter_reads_the_ldm_file_as_the_source(source: Path, 
 def test_diffusers_loads_the_folder_with_nothing_missing_or_left_over(
     source: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    convert(source, tmp_path / "out", **options)
+    convert(source, tmp_path / "out", options=ConvertOptions(**options))
     dtype = getattr(torch, options.get("dtype", "float32"))
     loaded, info = StockAutoencoderKL.from_pretrained(
         tmp_path / "out", variant=options.get("variant"), torch_dtype=dtype, output_loading_info=True
@@ -181,7 +182,7 @@ def test_diffusers_loads_the_folder_with_nothing_missing_or_left_over(
 def test_shards_and_their_index_are_those_that_diffusers_writes(source: Path, tmp_path: Path) -> None:
     for variant in (None, "fp16"):
         make().save_pretrained(tmp_path / f"theirs{variant}", max_shard_size="20KB", variant=variant)
-        convert(source, tmp_path / f"ours{variant}", max_shard_size="20KB", variant=variant)
+        convert(source, tmp_path / f"ours{variant}", options=ConvertOptions(max_shard_size="20KB", variant=variant))
         theirs, ours = tmp_path / f"theirs{variant}", tmp_path / f"ours{variant}"
         assert left_in(ours) == left_in(theirs)
         (index,) = (path.name for path in theirs.glob("*.index*.json"))
@@ -190,7 +191,11 @@ def test_shards_and_their_index_are_those_that_diffusers_writes(source: Path, tm
 
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}, {"max_shard_size": "20GB"}, {"variant": "fp16"}])
 def test_the_report_judges_the_folder_as_inspect_does(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    takers = {verdict.loader for verdict in convert(source, tmp_path / "out", **options).loaders if verdict.takes}
+    takers = {
+        verdict.loader
+        for verdict in convert(source, tmp_path / "out", options=ConvertOptions(**options)).loaders
+        if verdict.takes
+    }
     assert takers == {each["loader"] for each in describe_vae(tmp_path / "out")["loaders"] if each["takes"]}
 
 
@@ -199,7 +204,7 @@ def test_a_checkpoint_of_a_whole_model_gives_its_vae(source: Path, tmp_path: Pat
     inside["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(4, 4)
     inside["cond_stage_model.a"] = torch.zeros(1)
     torch.save({"state_dict": inside}, tmp_path / "model.ckpt")
-    report = convert(tmp_path / "model.ckpt", tmp_path / "out", config=source)
+    report = convert(tmp_path / "model.ckpt", tmp_path / "out", options=ConvertOptions(config=source))
     assert report.verification and report.verification.identical
     assert same_bits(load_file(tmp_path / "out" / WEIGHTS), load_file(source / WEIGHTS))
 
@@ -216,14 +221,14 @@ def test_weights_that_share_memory_in_a_pickle_are_written_apart(
     shared[one], tensors[one] = shared[other], tensors[other]  # one tensor under two names
     torch.save(shared, tmp_path / "a.pt")
     target = tmp_path / ("b.safetensors" if "to" in options else "b")
-    report = convert(tmp_path / "a.pt", target, config=source, **options)
+    report = convert(tmp_path / "a.pt", target, options=ConvertOptions(config=source, **options))
     assert report.verification and same_bits(read_checkpoint(target).tensors, tensors)
     if "max_shard_size" in options:
         assert len(list(target.glob("*-of-*"))) > 1
 
 
 def test_what_the_files_do_not_say_of_the_scale_can_be_said(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "out", scaling_factor=0.5, shift_factor=0.1)
+    convert(source, tmp_path / "out", options=ConvertOptions(scaling_factor=0.5, shift_factor=0.1))
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["scaling_factor"], config["shift_factor"]) == (0.5, 0.1)
 
@@ -235,7 +240,7 @@ def test_what_the_files_do_not_say_of_the_scale_can_be_said(source: Path, tmp_pa
 def test_metadata_says_where_the_weights_are_from_and_nothing_of_this_machine(
     source: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    convert(source, tmp_path / name, license="mit", **options)
+    convert(source, tmp_path / name, options=ConvertOptions(license="mit", **options))
     weights = tmp_path / name if options else tmp_path / name / WEIGHTS
     config, notes = from_metadata(metadata_of(weights))
     assert full_config(config) == full_config(SD)
@@ -249,12 +254,15 @@ def test_metadata_says_where_the_weights_are_from_and_nothing_of_this_machine(
 
     convert(tmp_path / name, tmp_path / "next")
     assert read_checkpoint(tmp_path / "next").notes["license"] == "mit"
-    assert convert(tmp_path / name, tmp_path / "next", license="cc0-1.0", overwrite=True).status == "written"
+    assert (
+        convert(tmp_path / name, tmp_path / "next", options=ConvertOptions(license="cc0-1.0", overwrite=True)).status
+        == "written"
+    )
     assert read_checkpoint(tmp_path / "next").notes["license"] == "cc0-1.0"
 
 
 def test_files_can_be_read_by_those_who_may_read_the_folder(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "a.safetensors", to="ldm")
+    convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -267,14 +275,14 @@ def test_a_cast_that_overflows_names_the_weight_and_leaves_nothing(source: Path,
     tensors["encoder.conv_in.bias"][0] = 70000.0
     save_file(tensors, source / WEIGHTS)
     with pytest.raises(CheckpointError, match=r"`encoder.conv_in.bias` reaches 7e\+04, and float16 ends at 6.55e\+04"):
-        convert(source, tmp_path / "out", dtype="float16")
+        convert(source, tmp_path / "out", options=ConvertOptions(dtype="float16"))
     assert left_in(tmp_path) == ["source"]
-    assert convert(source, tmp_path / "out", dtype="bfloat16").status == "written"
+    assert convert(source, tmp_path / "out", options=ConvertOptions(dtype="bfloat16")).status == "written"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_cast_is_measured_against_the_source(source: Path, tmp_path: Path, dtype: str) -> None:
-    report = convert(source, tmp_path / "out", dtype=dtype)
+    report = convert(source, tmp_path / "out", options=ConvertOptions(dtype=dtype))
     assert report.dtypes == (dtype,) and report.source_dtypes == ("float32",)
     assert report.verification and not report.verification.identical
     errors = {comparison.name: comparison.max_abs_error for comparison in report.verification.comparisons}
@@ -309,7 +317,7 @@ def test_a_folded_vae_gives_the_latents_of_the_old_one_under_the_new_scale(
 ) -> None:
     source = tmp_path / "source"
     make(config).save_pretrained(source)
-    report = convert(source, tmp_path / "a.safetensors", to="ldm", fold_scale=0.18215)
+    report = convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm", fold_scale=0.18215))
     assert report.config["scaling_factor"] == 0.18215 and report.config["shift_factor"] is None
     assert report.fold and max(report.fold.latents_error, report.fold.std_error, report.fold.recon_error) < 1e-4
     assert len(report.rewrites) == 1 and "0.31" in report.rewrites[0] and "0.18215" in report.rewrites[0]
@@ -326,7 +334,11 @@ def test_a_folded_vae_gives_the_latents_of_the_old_one_under_the_new_scale(
     }
     assert changed <= {f"{conv}.{part}" for conv in ("quant_conv", "post_quant_conv") for part in ("weight", "bias")}
 
-    back = convert(tmp_path / "new", tmp_path / "back", fold_scale=0.31, fold_shift=config.get("shift_factor"))
+    back = convert(
+        tmp_path / "new",
+        tmp_path / "back",
+        options=ConvertOptions(fold_scale=0.31, fold_shift=config.get("shift_factor")),
+    )
     assert back.config == full_config(config) and len(back.rewrites) == 2
     after = load_file(tmp_path / "back" / WEIGHTS)
     for name, tensor in load_file(source / WEIGHTS).items():
@@ -334,11 +346,11 @@ def test_a_folded_vae_gives_the_latents_of_the_old_one_under_the_new_scale(
 
 
 def test_a_fold_of_half_precision_weights_is_rounded_once(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "half", dtype="float16")
-    convert(tmp_path / "half", tmp_path / "folded", dtype="float32", fold_scale=0.18215)
+    convert(source, tmp_path / "half", options=ConvertOptions(dtype="float16"))
+    convert(tmp_path / "half", tmp_path / "folded", options=ConvertOptions(dtype="float32", fold_scale=0.18215))
     (latents, _, _), (new_latents, _, _) = latents_of(tmp_path / "half"), latents_of(tmp_path / "folded")
     torch.testing.assert_close(new_latents, latents, rtol=1e-5, atol=1e-5)
-    report = convert(tmp_path / "half", tmp_path / "again", fold_scale=0.18215)
+    report = convert(tmp_path / "half", tmp_path / "again", options=ConvertOptions(fold_scale=0.18215))
     assert report.dtypes == ("float16",)
     assert report.fold and report.fold.latents_error < 1e-5  # of the fold itself; the cast comes after
 
@@ -346,9 +358,11 @@ def test_a_fold_of_half_precision_weights_is_rounded_once(source: Path, tmp_path
 def test_without_quant_convs_a_shift_needs_new_ones(tmp_path: Path) -> None:
     make(FLUX).save_pretrained(tmp_path / "source")
     with pytest.raises(CheckpointError, match="post_quant_conv"):
-        convert(tmp_path / "source", tmp_path / "out", fold_scale=0.18215)
+        convert(tmp_path / "source", tmp_path / "out", options=ConvertOptions(fold_scale=0.18215))
     assert left_in(tmp_path) == ["source"]
-    report = convert(tmp_path / "source", tmp_path / "out", fold_scale=0.18215, add_quant_convs=True)
+    report = convert(
+        tmp_path / "source", tmp_path / "out", options=ConvertOptions(fold_scale=0.18215, add_quant_convs=True)
+    )
     assert report.config["use_quant_conv"] and report.config["use_post_quant_conv"]
     (latents, _, decode), (new_latents, _, new_decode) = latents_of(tmp_path / "source"), latents_of(tmp_path / "out")
     torch.testing.assert_close(new_latents, latents, rtol=1e-5, atol=1e-5)
@@ -365,30 +379,30 @@ def test_a_fold_is_refused_where_the_log_variance_meets_its_clamp(
     with pytest.raises(
         CheckpointError, match=r"cannot be folded exactly: on a.png, log variance of channel 1 is .*clamp"
     ):
-        convert(source, tmp_path / "out", fold_scale=0.18215, images=photos, verify=False)
+        convert(source, tmp_path / "out", options=ConvertOptions(fold_scale=0.18215, images=photos, verify=False))
     assert left_in(tmp_path) == ["photos", "source"]
 
 
 def test_a_fold_forgets_what_was_measured_before_it(source: Path, tmp_path: Path) -> None:
     update_config(source, {}, {"calibration": {"images": 3}, "license": "mit"})
     convert(source, tmp_path / "same")
-    convert(source, tmp_path / "folded", fold_scale=0.18215)
+    convert(source, tmp_path / "folded", options=ConvertOptions(fold_scale=0.18215))
     assert read_checkpoint(tmp_path / "same").notes["calibration"] == {"images": 3}
     assert "calibration" not in read_checkpoint(tmp_path / "folded").notes
     assert read_checkpoint(tmp_path / "folded").notes["license"] == "mit"
 
 
 def test_a_scale_that_ldm_readers_do_not_learn_is_told(source: Path, tmp_path: Path) -> None:
-    (warning,) = convert(source, tmp_path / "a.safetensors", to="ldm").warnings
+    (warning,) = convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm")).warnings
     assert "scaling_factor 0.31" in warning and "--fold-scale 0.18215" in warning
     make(SD | {"scaling_factor": 0.18215}).save_pretrained(tmp_path / "usual")
-    assert not convert(tmp_path / "usual", tmp_path / "b.safetensors", to="ldm").warnings
+    assert not convert(tmp_path / "usual", tmp_path / "b.safetensors", options=ConvertOptions(to="ldm")).warnings
     assert not convert(source, tmp_path / "c").warnings
 
 
 def test_a_file_that_we_wrote_knows_its_own_scale_whatever_lies_beside_it(source: Path, tmp_path: Path) -> None:
     make(SD | {"scaling_factor": 0.18215}).save_pretrained(tmp_path / "usual")
-    assert not convert(tmp_path / "usual", source / "a.safetensors", to="ldm").warnings
+    assert not convert(tmp_path / "usual", source / "a.safetensors", options=ConvertOptions(to="ldm")).warnings
     assert load_autoencoder(source / "a.safetensors").config.scaling_factor == 0.18215
     assert load_autoencoder(source).config.scaling_factor == 0.31
     assert load_autoencoder(source / "a.safetensors", config=source).config.scaling_factor == 0.31
@@ -408,14 +422,16 @@ def bare(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_guessed_scale_is_never_folded(bare: Path, tmp_path: Path, dry_run: bool) -> None:
     with pytest.raises(CheckpointError, match="nothing in the files shows") as caught:
-        convert(bare, tmp_path / "out", fold_scale=0.13025, dry_run=dry_run)
+        convert(bare, tmp_path / "out", options=ConvertOptions(fold_scale=0.13025, dry_run=dry_run))
     for part in (str(bare), "0.18215", "0.13025", "--scaling-factor 0.18215 or --scaling-factor 0.13025"):
         assert part in str(caught.value)
     with pytest.raises(CheckpointError, match="nothing in the files shows"):  # of which this says nothing
-        convert(bare, tmp_path / "out", fold_scale=0.13025, shift_factor=0.1)
+        convert(bare, tmp_path / "out", options=ConvertOptions(fold_scale=0.13025, shift_factor=0.1))
     assert left_in(tmp_path) == ["bare.safetensors"]
 
-    report = convert(bare, tmp_path / "out", fold_scale=0.13025, scaling_factor=0.13025, dry_run=dry_run)
+    report = convert(
+        bare, tmp_path / "out", options=ConvertOptions(fold_scale=0.13025, scaling_factor=0.13025, dry_run=dry_run)
+    )
     assert report.config["scaling_factor"] == 0.13025 and report.fold and report.warnings == ()
     if not dry_run:
         # SDXL's file stays as it is
@@ -449,7 +465,7 @@ def test_a_guess_stays_a_guess_through_conversions(
         options = {"into": pipeline_around(make(fields(8, 8)), tmp_path / "pipeline")}
     if "onnx" in options.values():
         pytest.importorskip("onnxruntime")
-    report = convert(bare, tmp_path / name, **options)
+    report = convert(bare, tmp_path / name, options=ConvertOptions(**options))
     assert any("scaling_factor 0.18215 is assumed" in w and "--scaling-factor" in w for w in report.warnings)
     if inside:
         assert json.loads((tmp_path / name / inside / "config.json").read_text())[NOTES_FIELD]["assumed"] == [
@@ -462,14 +478,16 @@ def test_a_guess_stays_a_guess_through_conversions(
         assert checkpoint.notes["assumed"] == ["scaling_factor"] and checkpoint.assumed == ("scaling_factor",)
         assert any("was assumed" in remark for remark in checkpoint.remarks)
         with pytest.raises(CheckpointError, match="nothing in the files shows"):
-            convert(path, tmp_path / "folded", fold_scale=0.13025)
-    assert convert(bare, tmp_path / name, **options).status == "up to date"
+            convert(path, tmp_path / "folded", options=ConvertOptions(fold_scale=0.13025))
+    assert convert(bare, tmp_path / name, options=ConvertOptions(**options)).status == "up to date"
 
-    said = convert(tmp_path / "next", tmp_path / "said", scaling_factor=0.18215)
+    said = convert(tmp_path / "next", tmp_path / "said", options=ConvertOptions(scaling_factor=0.18215))
     assert said.warnings == () and said.remarks == ()
     checkpoint = read_checkpoint(tmp_path / "said")
     assert "assumed" not in checkpoint.notes and checkpoint.assumed == ()
-    assert convert(tmp_path / "said", tmp_path / "folded", fold_scale=0.13025).status == "written"
+    assert (
+        convert(tmp_path / "said", tmp_path / "folded", options=ConvertOptions(fold_scale=0.13025)).status == "written"
+    )
 
 
 def test_a_scale_that_is_set_later_is_no_longer_assumed(bare: Path, tmp_path: Path) -> None:
@@ -507,9 +525,9 @@ def test_what_is_checked_is_what_lies_on_the_disk(
 ) -> None:
     damaged_save(monkeypatch)
     with pytest.raises(CheckpointError, match="read back with other values than were written: "):
-        convert(source, tmp_path / name, **options)
+        convert(source, tmp_path / name, options=ConvertOptions(**options))
     assert left_in(tmp_path) == ["source"]
-    assert convert(source, tmp_path / name, verify=False, **options).verification is None
+    assert convert(source, tmp_path / name, options=ConvertOptions(verify=False, **options)).verification is None
     assert (tmp_path / name).exists()
 
 
@@ -532,13 +550,13 @@ def test_levels_in_the_wrong_order_are_found_in_one_direction_and_in_both(
     make(fields(8, 8, 8)).save_pretrained(tmp_path / "even")  # the top two levels have equal shapes
     monkeypatch.setattr(write, "to_ldm", swapped((1, 2), write.to_ldm, before=False))
     with pytest.raises(CheckpointError, match="read back with other values"):
-        convert(tmp_path / "even", tmp_path / "a.safetensors", to="ldm")
+        convert(tmp_path / "even", tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     monkeypatch.undo()
 
     monkeypatch.setattr(write, "to_ldm", swapped((0, 1), write.to_ldm, before=False))
     monkeypatch.setattr(read, "from_ldm", swapped((0, 1), read.from_ldm, before=True))
     with pytest.raises(CheckpointError, match="not what loaders of LDM files expect"):
-        convert(source, tmp_path / "a.safetensors", to="ldm")
+        convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     assert left_in(tmp_path) == ["even", "source"]
 
 
@@ -546,7 +564,7 @@ def test_a_prefix_that_was_forgotten_is_found(source: Path, tmp_path: Path, monk
     forgetful = write.write_ldm_file
     monkeypatch.setattr(convert_module, "write_ldm_file", lambda *arguments, prefix: forgetful(*arguments, prefix=""))
     with pytest.raises(CheckpointError, match="names without the prefix `vae.`"):
-        convert(source, tmp_path / "a.safetensors", to="ldm", prefix="vae.")
+        convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm", prefix="vae."))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -609,21 +627,27 @@ def test_equal_bits_are_more_than_equal_values() -> None:
 def test_the_same_conversion_again_is_up_to_date_and_another_is_refused(
     source: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
-    assert convert(source, tmp_path / name, dry_run=True, **options).status == "new"
+    assert convert(source, tmp_path / name, options=ConvertOptions(dry_run=True, **options)).status == "new"
     assert left_in(tmp_path) == ["source"]
-    assert convert(source, tmp_path / name, **options).status == "written"
+    assert convert(source, tmp_path / name, options=ConvertOptions(**options)).status == "written"
     before = (tmp_path / name).stat().st_mtime_ns
-    assert convert(source, tmp_path / name, **options).status == "up to date"
-    assert convert(source, tmp_path / name, dry_run=True, overwrite=True, **options).status == "up to date"
+    assert convert(source, tmp_path / name, options=ConvertOptions(**options)).status == "up to date"
+    assert (
+        convert(source, tmp_path / name, options=ConvertOptions(dry_run=True, overwrite=True, **options)).status
+        == "up to date"
+    )
     assert (tmp_path / name).stat().st_mtime_ns == before
     with pytest.raises(OutputExistsError, match="exists"):
-        convert(source, tmp_path / name, **(options | {"dtype": "bfloat16"}))
+        convert(source, tmp_path / name, options=ConvertOptions(**options | {"dtype": "bfloat16"}))
     make(seed=1).save_pretrained(source)  # the same name, another VAE
     with pytest.raises(OutputExistsError, match="exists"):
-        convert(source, tmp_path / name, **options)
-    assert convert(source, tmp_path / name, dry_run=True, overwrite=True, **options).status == "replace"
-    assert convert(source, tmp_path / name, overwrite=True, **options).status == "written"
-    assert convert(source, tmp_path / name, **options).status == "up to date"
+        convert(source, tmp_path / name, options=ConvertOptions(**options))
+    assert (
+        convert(source, tmp_path / name, options=ConvertOptions(dry_run=True, overwrite=True, **options)).status
+        == "replace"
+    )
+    assert convert(source, tmp_path / name, options=ConvertOptions(overwrite=True, **options)).status == "written"
+    assert convert(source, tmp_path / name, options=ConvertOptions(**options)).status == "up to date"
     assert left_in(tmp_path) == sorted(["source", name])
 
 
@@ -640,15 +664,15 @@ def test_a_result_of_other_options_is_refused_with_those_that_differ(
     source: Path, tmp_path: Path, name: str, made: dict[str, Any], asked: dict[str, Any], said: str
 ) -> None:
     to = {"to": "ldm" if name.endswith(".safetensors") else "diffusers"}
-    convert(source, tmp_path / name, **to, **made)
+    convert(source, tmp_path / name, options=ConvertOptions(**to, **made))
     with pytest.raises(OutputExistsError) as caught:
-        convert(source, tmp_path / name, **to, **asked)
+        convert(source, tmp_path / name, options=ConvertOptions(**to, **asked))
     assert str(caught.value) == (
         f"{tmp_path / name} exists, and was made {said}; choose another path, or give --overwrite (overwrite=True)"
     )
     make(seed=1).save_pretrained(source)
     with pytest.raises(OutputExistsError, match="was made with these options, but from another source"):
-        convert(source, tmp_path / name, **to, **made)
+        convert(source, tmp_path / name, options=ConvertOptions(**to, **made))
 
 
 def test_a_result_that_was_changed_since_is_not_up_to_date(source: Path, tmp_path: Path) -> None:
@@ -656,7 +680,7 @@ def test_a_result_that_was_changed_since_is_not_up_to_date(source: Path, tmp_pat
     update_config(tmp_path / "out", {"scaling_factor": 0.9}, {})
     with pytest.raises(OutputExistsError):
         convert(source, tmp_path / "out")
-    convert(source, tmp_path / "out", overwrite=True)
+    convert(source, tmp_path / "out", options=ConvertOptions(overwrite=True))
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     tensors["encoder.conv_in.bias"][0] += 1
     save_file(tensors, tmp_path / "out" / WEIGHTS, metadata={"format": "pt"})
@@ -674,19 +698,19 @@ def test_nothing_but_a_vae_is_ever_replaced(source: Path, tmp_path: Path) -> Non
         other,
     )
     with pytest.raises(OutputExistsError, match="whole checkpoint"):
-        convert(source, other, to="ldm", overwrite=True)
+        convert(source, other, options=ConvertOptions(to="ldm", overwrite=True))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("")
     for options in ({}, {"to": "onnx"}):
         with pytest.raises(OutputExistsError, match="holds"):
-            convert(source, tmp_path / "folder", overwrite=True, **options)
+            convert(source, tmp_path / "folder", options=ConvertOptions(overwrite=True, **options))
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OutputExistsError, match="is a folder"):
-        convert(source, tmp_path / "folder.safetensors", to="ldm", overwrite=True)
+        convert(source, tmp_path / "folder.safetensors", options=ConvertOptions(to="ldm", overwrite=True))
 
 
 def test_the_source_is_not_replaced_by_its_own_result(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "a.safetensors", to="ldm")
+    convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     before = (source / WEIGHTS).read_bytes()
     for src, dst, options in (
         (source, source, {}),
@@ -697,7 +721,7 @@ def test_the_source_is_not_replaced_by_its_own_result(source: Path, tmp_path: Pa
     ):
         for overwrite in (True, False):  # advice to overwrite would be wrong
             with pytest.raises(ConfigError, match="holds the source itself"):
-                convert(src, dst, overwrite=overwrite, **options)
+                convert(src, dst, options=ConvertOptions(overwrite=overwrite, **options))
     assert (source / WEIGHTS).read_bytes() == before
 
 
@@ -705,7 +729,7 @@ def test_the_source_is_not_replaced_by_its_own_result(source: Path, tmp_path: Pa
 def test_an_interrupted_conversion_leaves_what_was_there(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
-    convert(source, tmp_path / name, **options)
+    convert(source, tmp_path / name, options=ConvertOptions(**options))
     weights = tmp_path / name if options else tmp_path / name / WEIGHTS
     before = weights.read_bytes()
 
@@ -714,7 +738,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(
 
     monkeypatch.setattr(convert_module, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / name, dtype="float16", overwrite=True, **options)
+        convert(source, tmp_path / name, options=ConvertOptions(dtype="float16", overwrite=True, **options))
     assert weights.read_bytes() == before
     assert left_in(tmp_path) == sorted(["source", name])
 
@@ -734,7 +758,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_read(tmp
         ("out", {"to": "onnx", "dtype": "bfloat16"}, "bfloat16"),
     ):
         with pytest.raises(ConfigError, match=message):
-            convert(tmp_path / "nothing", tmp_path / name, **options)
+            convert(tmp_path / "nothing", tmp_path / name, options=ConvertOptions(**options))
 
 
 # ONNX
@@ -745,19 +769,21 @@ def test_onnx_is_written_from_the_rewritten_weights_and_says_so(tmp_path: Path) 
     pytest.importorskip("onnxruntime")
     source = tmp_path / "source"
     make(fields(8, 8, scaling_factor=0.31, mid_block_add_attention=False)).save_pretrained(source)
-    report = convert(source, tmp_path / "onnx", to="onnx", fold_scale=0.18215)
+    report = convert(source, tmp_path / "onnx", options=ConvertOptions(to="onnx", fold_scale=0.18215))
     assert report.onnx and report.onnx["max_relative_error"] < 1e-4
     assert report.verification and all(comparison.passed for comparison in report.verification.comparisons)
     config = json.loads((tmp_path / "onnx/vae_encoder/config.json").read_text())
     assert config["scaling_factor"] == 0.18215 and config[NOTES_FIELD]["source"] == "source"
-    assert convert(source, tmp_path / "onnx", to="onnx", fold_scale=0.18215).status == "up to date"
+    assert (
+        convert(source, tmp_path / "onnx", options=ConvertOptions(to="onnx", fold_scale=0.18215)).status == "up to date"
+    )
     with pytest.raises(OutputExistsError):
-        convert(source, tmp_path / "onnx", to="onnx")
+        convert(source, tmp_path / "onnx", options=ConvertOptions(to="onnx"))
     assert left_in(tmp_path) == ["onnx", "source"]
 
 
 def test_the_bundled_vae_converts_as_it_is(tmp_path: Path) -> None:
-    report = convert(None, tmp_path / "mini.safetensors", to="ldm")
+    report = convert(None, tmp_path / "mini.safetensors", options=ConvertOptions(to="ldm"))
     assert report.source == "sdvae-mini" and report.verification and report.verification.identical
     bundled = load_file(bundled_path() / WEIGHTS)
     assert same_bits(read_checkpoint(tmp_path / "mini.safetensors").tensors, bundled)
