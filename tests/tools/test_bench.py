@@ -53,3 +53,13 @@ def test_memory_is_measured_against_a_limit_and_what_does_not_fit_is_said(tmp_pa
     assert 10**8 < roomy["peak_bytes"][0] < 3 * 10**9
     assert not tight["seconds"] and "max_memory" in tight["error"]
     assert "decode 64 px | sdvae 3GB" in shown and tight["error"][:40] in shown
+
+
+@pytest.mark.slow
+def test_the_start_of_a_command_is_measured_against_torch(tmp_path: Path) -> None:
+    path = tmp_path / "startup.json"
+    shown = run("startup.py", "--cells", "sdvae --help", "--repeats", 2, "--json", path)
+    (cell,) = json.loads(path.read_text())["cells"].values()
+    assert len(cell["pairs"]) == 2 and cell["imports"] == []
+    assert all(0 < help_s < torch_s for torch_s, help_s in cell["pairs"]) and cell["ratio"] < 1
+    assert "sdvae --help" in shown and f"{cell['ratio']:.2f} (" in shown
