@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has one core; threads of torch that fight over cores cost tenfold
     os.environ["OMP_NUM_THREADS"] = "1"  # read where torch is first imported, here and in processes of the tests
@@ -127,21 +126,6 @@ def text_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def vae(vae_path: Path) -> AutoencoderKL:
     return load_autoencoder(vae_path)
-
-
-@pytest.fixture(scope="session")
-def slowly_writing_sdvae() -> list[str]:
-    """The command sdvae, to be given to subprocess, with 0.2 s for each file that it writes: it is still at work when
-    a test that has seen the first ones stops it, however busy the machine.
-    """
-    program = """
-import os, time
-fsync = os.fsync
-os.fsync = lambda file: (time.sleep(0.2), fsync(file))
-from sdvae.cli.main import main
-main()
-"""
-    return [sys.executable, "-c", program]
 
 
 @pytest.fixture

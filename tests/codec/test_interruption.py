@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked import Forked, fork_sdvae
 
 from sdvae.codec.run import encode_folder
 from sdvae.files import _host
@@ -23,16 +23,10 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
 
 @contextmanager
-def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path) -> Iterator[subprocess.Popen[str]]:
+def encoding(images: Path, out: Path, vae_path: Path) -> Iterator[Forked]:
     """A process in the middle of encoding: some files are written, most are not."""
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path), "--batch-size", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-    )
+    words = ("encode", images, out, "--vae", vae_path, "--batch-size", 1)
+    process = fork_sdvae(*words, folder=out.parent, seconds_per_file=0.2)
     try:
         deadline = time.monotonic() + 60
         while len(list(out.glob("*.safetensors"))) < 3:
@@ -41,7 +35,6 @@ def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path) -> Itera
         yield process
     finally:
         process.kill()
-        process.communicate()
 
 
 def whole_files(out: Path) -> int:
@@ -53,11 +46,11 @@ def whole_files(out: Path) -> int:
 
 
 def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str]
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
     out = tmp_path / "out"
-    with encoding(slowly_writing_sdvae, images, out, vae_path) as process:
+    with encoding(images, out, vae_path) as process:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     begun = whole_files(out)
@@ -70,11 +63,11 @@ def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
 
 
 def test_an_interrupted_run_ends_with_130_and_whole_files(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, slowly_writing_sdvae: list[str]
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
     out = tmp_path / "out"
-    with encoding(slowly_writing_sdvae, images, out, vae_path) as process:
+    with encoding(images, out, vae_path) as process:
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130

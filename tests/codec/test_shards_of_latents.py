@@ -6,7 +6,6 @@ import errno
 import io
 import os
 import signal
-import subprocess
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from forked import Forked, fork_sdvae
 
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import EncodeRun, encode_folder
@@ -396,16 +396,10 @@ def test_a_shard_that_cannot_be_written_fails_its_images(
 
 
 @contextmanager
-def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path, format: str) -> Iterator[subprocess.Popen[str]]:
+def encoding(images: Path, out: Path, vae_path: Path, format: str) -> Iterator[Forked]:
     """A process in the middle of encoding: some shards are written, most are not."""
-    command = [*sdvae, "encode", str(images), str(out), "--vae", str(vae_path)]
-    process = subprocess.Popen(
-        [*command, "--batch-size", "1", "--format", format, "--shard-size", "4"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
+    words = ("encode", images, out, "--vae", vae_path, "--batch-size", 1, "--format", format, "--shard-size", 4)
+    process = fork_sdvae(*words, folder=out.parent, seconds_per_file=0.2)
     try:
         deadline = time.monotonic() + 60
         while len(list(out.glob(f"*{SUFFIX[format]}"))) < 2:
@@ -414,7 +408,6 @@ def encoding(sdvae: list[str], images: Path, out: Path, vae_path: Path, format: 
         yield process
     finally:
         process.kill()
-        process.communicate()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -426,13 +419,12 @@ def test_a_killed_run_leaves_only_whole_shards_and_the_next_one_finishes(
     tmp_path: Path,
     make_images: MakeImages,
     vae_path: Path,
-    slowly_writing_sdvae: list[str],
     format: str,
     signal_number: int,
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(32)})
     out = tmp_path / "out"
-    with encoding(slowly_writing_sdvae, images, out, vae_path, format) as process:
+    with encoding(images, out, vae_path, format) as process:
         process.send_signal(signal_number)
         process.wait(timeout=20)
         assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)

@@ -8,8 +8,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import fork_launched
+from jobs import evaluate_in_small_blocks
 from PIL import Image
 
 from sdvae import files
@@ -29,12 +29,12 @@ from sdvae.data.sources.files import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
 from sdvae.evaluation import blocks, compare, conclude, images, runner
 from sdvae.evaluation.options import EvaluateOptions
-from sdvae.evaluation.processes import Processes
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
+from sdvae.processes import Processes
 from sdvae.report.result import EvaluationResult, load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -620,7 +620,7 @@ def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: 
     for rank, expected in ((0, {0, 2}), (1, {1})):
         store = blocks.BlockStore(tmp_path / f"rank{rank}")
         store.open({}, overwrite=False)
-        runner._measure(replace(setup, processes=Processes(rank, 2, torch.device("cpu"))), store, None)
+        runner._measure(replace(setup, processes=Processes(rank, 2)), store, None)
         assert {number for number in range(3) if store.has(number)} == expected
 
 
@@ -769,25 +769,12 @@ def test_without_stress_tests_and_pictures_no_image_is_read_again(
 
 @pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(photos: Path, tmp_path: Path, mine: Path) -> None:
-    code = (
-        "import sys\n"
-        "from dataclasses import replace\n"
-        "from sdvae.evaluation import images, runner\n"
-        "from sdvae.evaluation.options import EvaluateOptions\n"
-        "from sdvae.evaluation.protocol import PRESETS\n"
-        "images.BLOCK_IMAGES = runner.BLOCK_IMAGES = 2\n"
-        "photos, out, vae = sys.argv[1:]\n"
-        "protocol = replace(PRESETS['native'], metrics=('psnr', 'ssim'), resamples=199)\n"
-        "options = EvaluateOptions(gallery_images=2, device='cpu')\n"
-        "runner.evaluate(photos, out, [vae], reference=vae, protocol=protocol, options=options)\n"
-    )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     for count in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = [*launcher, str(script), str(photos), str(tmp_path / f"out{count}"), str(mine)]
-        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
+        for process in fork_launched(
+            evaluate_in_small_blocks, photos, tmp_path / f"out{count}", mine, count=count, folder=tmp_path
+        ):
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
     one, two = (load_result(tmp_path / f"out{count}" / "result.json") for count in (1, 2))
     assert two.environment["num_processes"] == 2
     assert numbers(one) == numbers(two)

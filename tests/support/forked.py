@@ -55,6 +55,12 @@ class Forked:
     def kill(self) -> None:
         self.process.kill()
 
+    def wait(self, timeout: float = 120) -> int:
+        """Wait for the end. Returns: the exit code."""
+        self.communicate(timeout)
+        assert self.returncode is not None
+        return self.returncode
+
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
         """Wait for the end. Returns: what was written to stdout and to stderr."""
         self.process.join(timeout)

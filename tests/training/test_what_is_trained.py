@@ -129,15 +129,15 @@ def test_a_few_hundred_steps_overfit_a_handful_of_photographs(
         photograph(folder / f"{index}.png")
     config = replace(
         make_config(
-            steps=200,
-            lr=3e-3,
+            steps=120,
+            lr=4e-3,
             batch_size=4,
             warmup_steps=20,
             log_every=20,
-            val_every=50,
+            val_every=40,
             ema_decay=0.9,
             data={"path": str(folder), "val_path": str(folder), "crop_px": 64, "val_crop_px": None},
-            loss={"perceptual": perceptual, "adversarial": adversarial(disc_start=110)},
+            loss={"perceptual": perceptual, "adversarial": adversarial(disc_start=70)},
         ),
         model={"block_out_channels": [16, 32, 32], "norm_num_groups": 4, "layers_per_block": 1},
     )
@@ -150,7 +150,7 @@ def test_a_few_hundred_steps_overfit_a_handful_of_photographs(
     training = [row for row in rows if "train/loss" in row]
     assert training[-1]["train/perceptual_loss"] < 0.5 * training[0]["train/perceptual_loss"]
     adversarial_rows = [row for row in training if "train/d_loss" in row]
-    assert len(adversarial_rows) == 5 and all(np.isfinite(list(row.values())).all() for row in training)
+    assert len(adversarial_rows) == 3 and all(np.isfinite(list(row.values())).all() for row in training)
     assert all(row["train/rec_loss"] < training[0]["train/rec_loss"] for row in adversarial_rows)
 
 
