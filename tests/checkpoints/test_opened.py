@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,32 +163,6 @@ def test_a_draw_has_one_stream_per_image_and_needs_one_for_each(subject: OpenedV
 def test_a_draw_without_a_posterior_is_z() -> None:
     encoding = open_any_vae(tiny().eval(), CPU, torch.float32).encode(picture(1, 16, 16))
     assert encoding.draw([torch.Generator()]) is encoding.z
-
-
-@pytest.mark.parametrize("latents_mean", [None, (0.5, -1.0, 0.0, 2.0)])
-def test_latents_and_z_are_inverses_and_the_scale_is_the_configured_one(
-    subject: OpenedVae, latents_mean: tuple[float, ...] | None
-) -> None:
-    std = None if latents_mean is None else (1.0, 2.0, 4.0, 0.5)
-    scale = replace(subject.scale, latents_mean=latents_mean, latents_std=std)
-    subject = replace(subject, scale=scale)
-    z = picture(2, 4, 6)[:, [0, 1, 2, 0]]
-    latents = subject.scale.to_latents(z)
-    if latents_mean is None or std is None:
-        assert torch.allclose(latents, (z - 0.1) * 0.18215)
-    else:  # as StableDiffusionXLPipeline undoes it
-        mean, deviation = (torch.tensor(values).view(1, 4, 1, 1) for values in (latents_mean, std))
-        assert torch.allclose(latents * deviation / 0.18215 + mean, z, atol=1e-6)
-    assert torch.allclose(subject.scale.to_z(latents), z, atol=1e-6)
-
-
-def test_the_posterior_of_latents_is_that_of_scaled_draws(subject: OpenedVae) -> None:
-    posterior = DiagonalGaussian(picture(1, 4, 4)[:, [0, 1, 2, 0, 1, 2, 0, 1]])
-    scaled = subject.scale.to_latents_posterior(posterior)
-    z = picture(1, 4, 4, seed=1)[:, [0, 1, 2, 0]]
-    # a change of variables moves the log-density by the log of the scale, for each of the 64 elements
-    moved = posterior.nll(z) + 64 * torch.tensor(0.18215).log()
-    assert torch.allclose(scaled.nll(subject.scale.to_latents(z)), moved, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [tiny, dc], ids=["tiny", "dc"])
