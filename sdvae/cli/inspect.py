@@ -102,15 +102,16 @@ def _describe_cache(path: Path) -> dict[str, Any]:
     from sdvae.latents.manifest import read_manifest
 
     manifest = read_manifest(path)
-    settings = [asdict(each) for each in manifest.settings]
+    settings = [asdict(each) for each in manifest.settings.values()]
+    files = manifest.files.values()
     return {
         "path": str(path),
         "kind": "latent cache",
         "format": manifest.format,
         "num_files": manifest.num_files,
         "num_items": manifest.num_items,
-        "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "shapes": [list(shape) for shape in sorted({item.shape for file in manifest.files for item in file.items})],
+        "size_bytes": sum(file.size_bytes for file in files),
+        "shapes": [list(shape) for shape in sorted({item.shape for file in files for item in file.items})],
         **(settings[0] if len(settings) == 1 else {"mixed_settings": settings}),
         "sdvae_version": manifest.sdvae_version,
     }

@@ -26,7 +26,7 @@ def merge_command(ctx: click.Context, /, out: str, as_json: bool) -> None:
     The last part to end does this by itself; the command is for schedulers, and says which parts are missing. Where
     any is, nothing is merged, and the exit code is 3; so it is where images of a part failed.
     """
-    from sdvae.codec.merging import merge_parts
+    from sdvae.latents.listing import merge_parts
 
     report = merge_parts(out)
     if as_json:

@@ -9,19 +9,17 @@ import click
 
 from sdvae.cli.output import note
 from sdvae.codec.options import (
-    CACHE_FORMATS,
     COMPUTE_DTYPES,
     CROPS,
-    DEFAULT_KOHYA_SUFFIX,
     DEFAULT_SHARD_SIZE,
     DEVICES,
-    KOHYA_SUFFIXES,
     LATENT_DTYPES,
     STORES,
     TILINGS,
     EncodeOptions,
     RunOptions,
 )
+from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
 
 __all__ = [
     "announce_vae",

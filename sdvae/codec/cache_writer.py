@@ -1,4 +1,4 @@
-"""Writes the files of a latent cache, one by one and each whole. What the manifest says of them is in listing.py."""
+"""Writes the files of a latent cache, one by one and each whole. The manifest lists them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdvae.codec.listing import ListedFile, list_file, shape_of
-from sdvae.codec.options import SHARDED_FORMATS
 from sdvae.codec.plan import Item
 from sdvae.files import write_atomic
 from sdvae.latents.header import LatentHeader
-from sdvae.latents.registry import TensorItem, encode_file, read_items
+from sdvae.latents.manifest import Manifest
+from sdvae.latents.registry import FORMATS, TensorItem
 from sdvae.latents.safetensors import check_finite
 
 __all__ = ["CacheWriter"]
@@ -21,10 +20,10 @@ __all__ = ["CacheWriter"]
 class CacheWriter:
     """The files of some jobs: `add` for each latent (from any thread), and `finish` for each shard."""
 
-    def __init__(self, out: Path, format: str, jobs: Iterable[Item], written: dict[str, ListedFile]) -> None:
+    def __init__(self, out: Path, format: str, jobs: Iterable[Item]) -> None:
         self.out = out
-        self.format = format
-        self._written = written  # takes the files that are written, by path below `out`
+        self.format = FORMATS[format]
+        self.written = Manifest(format=format)  # the files that were written
         self._shard: list[TensorItem] = []  # of the shard that is being filled
         self._redone: dict[Path, set[str]] = {}  # keys that are encoded anew, by shard
         for job in jobs:
@@ -34,7 +33,7 @@ class CacheWriter:
         """Write one latent, or keep it for `finish`. Raises: LatentFileError for values not finite; OSError."""
         check_finite(header, tensors, output)
         item = (header, {name: tensor.contiguous() for name, tensor in tensors.items()})
-        if self.format in SHARDED_FORMATS:
+        if self.format.is_sharded:
             self._shard.append(item)
         else:
             self._write_file(output, [item])
@@ -45,7 +44,7 @@ class CacheWriter:
         Raises: LatentFileError where the old one cannot be read; OSError.
         """
         added, self._shard = self._shard, []
-        old = list(read_items(output, self.format)) if output.exists() else []
+        old = list(self.format.read_items(output)) if output.exists() else []
         kept = [item for item in old if item[0].source.key not in self._redone[output]]
         if items := sorted([*added, *kept], key=lambda item: item[0].source.key):
             if added or len(kept) < len(old):
@@ -54,7 +53,7 @@ class CacheWriter:
             output.unlink(missing_ok=True)  # all that it held is stale, and failed now
 
     def _write_file(self, output: Path, items: Sequence[TensorItem]) -> None:
-        data = encode_file(items, self.format)
+        data = self.format.encode(items)
         write_atomic(data, output)
-        listed = list_file(self.out, output, data, [(header, shape_of(tensors)) for header, tensors in items])
-        self._written[listed.file.path] = listed
+        shapes = [(header, tuple(next(iter(tensors.values())).shape)) for header, tensors in items]
+        self.written.add(self.out, output, data, shapes)

@@ -15,7 +15,7 @@ from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import Member, OnProgress, Tally, carry_out
-from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.plan import Item, Plan, why_no_bucket
 from sdvae.data.images import DEFAULT_MAX_PIXELS, JPEG_MARGIN, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile
@@ -99,7 +99,7 @@ class ImageEncoder:
             write=write,
             on_progress=on_progress,
             if_out_of_memory="use a smaller --size, a lower --max-memory, or a device with more memory",
-            finish=writer.finish if self.options.format in SHARDED_FORMATS else None,
+            finish=writer.finish if writer.format.is_sharded else None,
         )
 
     def load(self, item: Item) -> LoadedImage:

@@ -51,7 +51,5 @@ def settings_differ(header: LatentHeader, expected: CacheSettings) -> str | None
 
 def common_settings(manifest: Manifest) -> CacheSettings | None:
     """The settings of the most files; the first of those that tie."""
-    counts = Counter(index for file in manifest.files for index in file.settings)
-    if not counts:
-        return manifest.settings[0] if manifest.settings else None
-    return manifest.settings[max(sorted(counts), key=lambda index: counts[index])]
+    counts = Counter(digest for file in manifest.files.values() for digest in file.settings)
+    return manifest.settings[max(counts, key=lambda digest: counts[digest])] if counts else None

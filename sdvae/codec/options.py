@@ -12,20 +12,17 @@ from typing import Any
 
 from sdvae.data.prefetch import default_workers
 from sdvae.errors import ConfigError
-from sdvae.latents.parts import Part
+from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES, SHARDED_FORMATS
+from sdvae.latents.parts import WHOLE, Part
 
 __all__ = [
-    "CACHE_FORMATS",
     "COMPUTE_DTYPES",
     "CROPS",
-    "DEFAULT_KOHYA_SUFFIX",
     "DEFAULT_SHARD_SIZE",
     "DEVICES",
     "ENGINES",
     "IMAGE_FORMATS",
-    "KOHYA_SUFFIXES",
     "LATENT_DTYPES",
-    "SHARDED_FORMATS",
     "STORES",
     "TILINGS",
     "DecodeOptions",
@@ -39,11 +36,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 LATENT_DTYPES = ("float16", "float32")
 CROPS = ("none", "center")
 ENGINES = ("local", "ray")
-CACHE_FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
-SHARDED_FORMATS = ("webdataset", "parquet")  # many images to a file; the others have a file for each
-KOHYA_SUFFIXES = ("sd", "sdxl")
 DEFAULT_SHARD_SIZE = 1000
-DEFAULT_KOHYA_SUFFIX = "sd"
 TILINGS = ("auto", "exact", "blended", "off")
 IMAGE_FORMATS = {"png": ".png", "webp": ".webp", "jpg": ".jpg"}
 
@@ -97,9 +90,9 @@ class RunOptions:
         return {"device": self.device, "dtype": self.dtype, "tiling": None if self.tiling == "off" else tiling}
 
     @property
-    def part(self) -> Part | None:
-        """The part that `shard` means; None for the whole."""
-        return None if self.shard is None else Part.parse(self.shard)
+    def part(self) -> Part:
+        """The part that `shard` means; the whole is part 1 of 1."""
+        return WHOLE if self.shard is None else Part.parse(self.shard)
 
     @property
     def num_workers(self) -> int:

@@ -14,15 +14,15 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sdvae.codec.cache_files import check_output_folder, find_cache_files, part_of_shard, read_headers, shard_name
 from sdvae.codec.decoded_image import ImageMark, read_mark
-from sdvae.codec.options import IMAGE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions, RunOptions
+from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions, EncodeOptions, RunOptions
 from sdvae.data.images import EncodedImage
 from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, Member, os_reason
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.latents import kohya
 from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
-from sdvae.latents.parts import Part
+from sdvae.latents.parts import WHOLE, Part
+from sdvae.latents.registry import FORMATS, check_output_folder, part_of_shard
 
 __all__ = ["Item", "LatentSource", "Plan", "find_latents", "plan_decode", "plan_encode", "why_no_bucket"]
 
@@ -116,7 +116,7 @@ def plan_encode(
     def why_stale(header: LatentHeader, image: ImageFile) -> str | None:
         return why_other(header, image.key) or _why_source_differs(header, image)
 
-    if options.format in SHARDED_FORMATS:
+    if FORMATS[options.format].is_sharded:
         shards = _read_shards(out, options.format, options.part)
         _check_others(shards, images, out, why_other)
         return _plan_shards(images, out, shards, options, why_stale)
@@ -243,19 +243,19 @@ def _plan_shards(
     return Plan(items=tuple(items))
 
 
-def _read_shards(out: Path, format: str, part: Part | None) -> dict[Path, list[LatentHeader]]:
+def _read_shards(out: Path, format: str, part: Part) -> dict[Path, list[LatentHeader]]:
     """The headers of all shards in a folder, without those that the other parts of a run may be writing now.
 
     Raises: ConfigError for a shard that cannot be read, or a key in two.
     """
     shards: dict[Path, list[LatentHeader]] = {}
     places: dict[str, Path] = {}
-    for path in find_cache_files(out, format):
+    for path in FORMATS[format].find_files(out):
         owner = part_of_shard(path)
-        if part and owner and owner != part and owner.count == part.count:
+        if owner != part and owner.count == part.count:
             continue
         try:
-            shards[path] = read_headers(path, format)
+            shards[path] = FORMATS[format].read_headers(path)
         except LatentFileError as error:
             raise ConfigError(f"{error}; move it away, and the same command encodes its images again") from error
         for header in shards[path]:
@@ -288,13 +288,13 @@ def _free_places(out: Path, shards: Shards, options: EncodeOptions) -> Iterator[
             yield from [path] * (options.images_per_shard - len(headers))
     taken = {path.name for path in shards}
     for number in count():
-        if (name := shard_name(number, options.format, options.part)) not in taken:
+        if (name := FORMATS[options.format].shard_name(number, options.part)) not in taken:
             yield from [out / name] * options.images_per_shard
 
 
 def _may_write(shard: Path, options: EncodeOptions) -> bool:
     """A part writes its own shards only; the others may be written at the same time. The whole writes all."""
-    return options.part is None or part_of_shard(shard) == options.part
+    return options.part in (WHOLE, part_of_shard(shard))
 
 
 def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptions, vae: VaeRecord) -> Plan:
@@ -448,7 +448,7 @@ def _header_or_error(path: Path) -> LatentHeader | LatentFileError | None:
 def _own_keys(keys: Sequence[str], options: RunOptions) -> frozenset[str]:
     """Those that belong to this part of a run; all of the whole."""
     part = options.part
-    return frozenset(keys if part is None else (key for key in keys if part.has(key)))
+    return frozenset(keys if part == WHOLE else (key for key in keys if part.has(key)))
 
 
 def _with_rivals(

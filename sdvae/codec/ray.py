@@ -24,12 +24,13 @@ from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import OnProgress, Tally
 from sdvae.codec.image_encoder import ImageEncoder
-from sdvae.codec.listing import ListedFile
-from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.plan import Item, Plan
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 from sdvae.latents.header import VaeRecord
+from sdvae.latents.manifest import Manifest
+from sdvae.latents.registry import FORMATS
 
 __all__ = ["check_installed", "encode_on_ray"]
 
@@ -43,7 +44,7 @@ class _BlockResult:
     """What a worker did with a block."""
 
     tally: Tally
-    written: Mapping[str, ListedFile]
+    written: Manifest
     device: str
 
 
@@ -67,13 +68,12 @@ class _Worker:
     def _encode(self, jobs: tuple[Item, ...]) -> _BlockResult | SdvaeError:
         if self.encoder is None:
             return self.error or SdvaeError("the worker has no VAE")
-        written: dict[str, ListedFile] = {}
-        writer = CacheWriter(self.encoder.out, self.encoder.options.format, jobs, written)
+        writer = CacheWriter(self.encoder.out, self.encoder.options.format, jobs)
         try:
             tally = self.encoder.encode(Plan(items=jobs), writer)
         except SdvaeError as error:  # the disk is full: this ends the run
             return error
-        return _BlockResult(tally=tally, written=written, device=str(self.encoder.vae.device))
+        return _BlockResult(tally=tally, written=writer.written, device=str(self.encoder.vae.device))
 
 
 def check_installed() -> None:
@@ -90,7 +90,7 @@ def encode_on_ray(
     options: EncodeOptions,
     vae: VaeRef,
     record: VaeRecord,
-    written: dict[str, ListedFile],
+    written: Manifest,
     on_progress: OnProgress | None = None,
 ) -> tuple[Tally, str]:
     """Do the jobs of a plan on the cluster of RAY_ADDRESS, or on a Ray of this machine's that ends with the run.
@@ -135,7 +135,7 @@ def _absolute(job: Item) -> Item:
 
 def _blocks(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:
     """The jobs, in blocks that workers can do apart from each other: those of a shard stay together."""
-    if options.format in SHARDED_FORMATS:
+    if FORMATS[options.format].is_sharded:
         shards: dict[Path, list[Item]] = {}
         for job in jobs:
             shards.setdefault(job.output, []).append(job)

@@ -15,8 +15,6 @@ from sdvae.codec.engine import OnProgress, Tally, prepare_folder
 from sdvae.codec.image_decoder import ImageDecoder
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.launched import join_launched
-from sdvae.codec.listing import CacheListing, ListedFile
-from sdvae.codec.merging import merge_finished_parts
 from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.codec.plan import LatentSource, find_latents, plan_decode, plan_encode
 from sdvae.codec.reports import DecodeReport, EncodeReport, join_reports
@@ -24,6 +22,9 @@ from sdvae.data.sources.files import ImageFile
 from sdvae.data.sources.find import find_inputs
 from sdvae.errors import ConfigError
 from sdvae.latents.kohya import SCALING_FACTORS
+from sdvae.latents.listing import CacheListing, merge_finished_parts
+from sdvae.latents.manifest import Manifest
+from sdvae.latents.parts import WHOLE
 from sdvae.model.scale import LatentScale
 
 __all__ = ["DecodeRun", "EncodeRun", "decode_folder", "encode_folder"]
@@ -59,8 +60,9 @@ class EncodeRun:
         """Encode what the plan says. Raises: SdvaeError where the disk is full."""
         prepare_folder(self.plan, self.out)
         listing = CacheListing(self.out, self.options.format, self.options.part)
-        listing.begin(self.plan)
-        written: dict[str, ListedFile] = {}
+        outputs = [item.output for item in self.plan.items if item.action != "fail"]
+        listing.begin(outputs, replaced=[job.output for job in self.plan.jobs])
+        written = Manifest(format=self.options.format)
         try:
             tally, device = self._carry_out(written, on_progress)
         except BaseException:
@@ -71,12 +73,12 @@ class EncodeRun:
             tally.warnings += _scale_warnings(self.vae.scale, self.options.trainer_suffix)
         fields = tally.to_fields(self.plan, self.out, self.vae) | {"device": device}
         manifest = listing.close(written, complete=True, num_failed=fields["failed"])
-        if self.options.part is not None:
+        if self.options.part != WHOLE:
             merged, warnings = merge_finished_parts(self.out)
             manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
         return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
 
-    def _carry_out(self, written: dict[str, ListedFile], on_progress: OnProgress | None) -> tuple[Tally, str]:
+    def _carry_out(self, written: Manifest, on_progress: OnProgress | None) -> tuple[Tally, str]:
         """Do the jobs of the plan. Returns: what happened, and on which device.
 
         written: takes the files that were written, also where this raises.
@@ -87,8 +89,11 @@ class EncodeRun:
             return encode_on_ray(
                 self.plan, self.out, self.options, self._ref, self.encoder.record, written, on_progress
             )
-        writer = CacheWriter(self.out, self.options.format, self.plan.jobs, written)
-        return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
+        writer = CacheWriter(self.out, self.options.format, self.plan.jobs)
+        try:
+            return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
+        finally:
+            written.update(writer.written)
 
 
 class DecodeRun:

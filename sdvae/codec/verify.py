@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,9 +17,7 @@ import torch
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, VaeRef
-from sdvae.codec.cache_files import find_cache_files, read_headers
 from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
-from sdvae.codec.options import CACHE_FORMATS
 from sdvae.codec.plan import reason_without_path
 from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
 from sdvae.codec.verify_report import Problem, VerifyReport
@@ -38,7 +35,7 @@ from sdvae.latents.manifest import (
     find_part_manifests,
     read_manifest,
 )
-from sdvae.latents.registry import read_items
+from sdvae.latents.registry import FORMATS
 
 __all__ = ["Problem", "VerifyReport", "verify_cache"]
 
@@ -88,8 +85,8 @@ def verify_cache(
             raise LatentFileError("the cache does not say which VAE made it, for it holds no latent that can be read")
         loaded = open_recorded_vae(settings, vae, device)
 
-    listed = manifest.by_path if manifest else {}
-    files = find_cache_files(out, format)
+    listed = manifest.files if manifest else {}
+    files = FORMATS[format].find_files(out)
     names = sorted({file.relative_to(out).as_posix() for file in files} | set(listed))
     total = len(names) + (min(sample, manifest.num_items) if manifest and sources else 0)
     for done, name in enumerate(names):
@@ -157,9 +154,6 @@ class _Check:
             self.warnings.append("the manifest cannot be read: digests not checked, and lost files not seen")
             return None
         self.settings = common_settings(manifest)
-        for name, count in Counter(file.path for file in manifest.files).items():
-            if count > 1:
-                self.add(name, f"listed {count} times in the manifest")
         return manifest
 
     def file(self, name: str, format: str, listed: ManifestFile | None, manifest: Manifest | None) -> None:
@@ -178,7 +172,7 @@ class _Check:
     def _items(self, name: str, format: str, listed: ManifestFile | None, manifest: Manifest | None) -> None:
         count = 0
         try:
-            for header, tensors in read_items(self.out / name, format):
+            for header, tensors in FORMATS[format].read_items(self.out / name):
                 more = self._for_trainers(name, header) if format == "kohya-npz" else {}
                 self._item(StoredLatent(name, header, {**tensors, **more}), count, listed, manifest)
                 count += 1
@@ -218,8 +212,7 @@ class _Check:
         if listed and index < len(listed.items):
             if reason := item_differs(item, listed, index):
                 self.add(item.file, reason, key)
-            known = [manifest.settings[i] for i in listed.settings] if manifest else []
-            if settings not in known:
+            if settings.digest not in listed.settings:
                 self.add(item.file, "its header does not say what the manifest says of VAE and options", key)
         self.num_items += 1
         self._choose(item)
@@ -281,7 +274,7 @@ class _Check:
 
 def _format_of(out: Path) -> str:
     """The format of a folder without a manifest, by the files in it. Raises: ConfigError where there are none."""
-    for format in CACHE_FORMATS:
+    for format in FORMATS:
         if out.is_dir() and next(_readable(out, format), None) is not None:
             return format
     what = "no such folder" if not out.exists() else "a file" if out.is_file() else "no latents in it"
@@ -289,9 +282,9 @@ def _format_of(out: Path) -> str:
 
 
 def _readable(out: Path, format: str) -> Iterator[LatentHeader]:
-    for path in find_cache_files(out, format):
+    for path in FORMATS[format].find_files(out):
         try:
-            yield from read_headers(path, format)
+            yield from FORMATS[format].read_headers(path)
         except (LatentFileError, ConfigError):
             continue
 

@@ -14,7 +14,7 @@ from hashlib import sha256
 
 from sdvae.errors import ConfigError
 
-__all__ = ["Part"]
+__all__ = ["WHOLE", "Part"]
 
 _TEXT = re.compile(r"(\d+)/(\d+)")
 _NAME = re.compile(r"(\d+)-of-(\d+)")
@@ -61,3 +61,6 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
+
+
+WHOLE = Part(1, 1)

@@ -1,8 +1,14 @@
-"""The formats of latent caches, read alike: headers and tensors of any file. docs/latent-caches.md compares them."""
+"""The formats of latent caches behind one interface: names, headers, tensors and bytes of files, and shards.
+
+docs/latent-caches.md compares the formats.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,57 +16,144 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.errors import LatentFileError
-from sdvae.latents import kohya
-from sdvae.latents import parquet as parquet_cache
-from sdvae.latents import webdataset as tar_cache
-from sdvae.latents.header import LatentHeader
+from sdvae.errors import ConfigError, LatentFileError
+from sdvae.latents import kohya, parquet, webdataset
+from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, read_header
+from sdvae.latents.manifest import MANIFEST_NAME, find_part_manifests, read_state
+from sdvae.latents.parts import WHOLE, Part
 from sdvae.latents.safetensors import LatentFile, check_tensors
 
-__all__ = ["TensorItem", "encode_file", "read_items"]
+__all__ = ["FORMATS", "CacheFormat", "TensorItem", "check_output_folder", "part_of_shard"]
 
 TensorItem = tuple[LatentHeader, Mapping[str, Tensor]]
+ArrayItem = tuple[LatentHeader, dict[str, NDArray[Any]]]
 
 
-def encode_file(items: Sequence[TensorItem], format: str) -> bytes:
-    """A file of a cache; the formats that have a file for each image take one item.
+@dataclass(frozen=True, kw_only=True)
+class CacheFormat:
+    """How files of one format are named, read and written."""
 
-    The tensors are those that `header.space` names, and for kohya-npz `latents` and perhaps `latents_flipped`.
-    """
-    if format == "safetensors":
-        ((header, tensors),) = items
-        return LatentFile(header=header, tensors=tensors).to_bytes()
-    arrays = [(header, {name: tensor.numpy() for name, tensor in tensors.items()}) for header, tensors in items]
-    if format == "kohya-npz":
-        return kohya.to_bytes(*arrays[0])
-    return tar_cache.to_bytes(arrays) if format == "webdataset" else parquet_cache.to_bytes(arrays)
+    is_file_name: Callable[[str], bool]
+    read_headers: Callable[[Path], list[LatentHeader]]  # in the order of the file; raises LatentFileError
+    read_arrays: Callable[[Path], Iterator[ArrayItem]]
+    to_bytes: Callable[[Sequence[ArrayItem]], bytes]
+    name_of_shard: Callable[[int, str], str] | None = None  # None: a file for each image
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.name_of_shard is not None
+
+    def shard_name(self, number: int, part: Part) -> str:
+        """The name of a shard; each part of a run has names of its own."""
+        assert self.name_of_shard is not None, "this format has no shards"
+        return self.name_of_shard(number, "" if part == WHOLE else part.name)
+
+    def find_files(self, out: Path) -> list[Path]:
+        """Files whose names are those of the format, sorted; hidden ones left out. Shards lie in the folder itself.
+
+        What they hold is not looked at: they may be of others.
+        """
+        return sorted(self._walk(out), key=lambda path: path.relative_to(out).as_posix())
+
+    def is_in(self, out: Path) -> bool:
+        """Whether a file of this format lies in a folder."""
+        for path in self._walk(out):
+            try:
+                self.read_headers(path)
+                return True
+            except (LatentFileError, ConfigError):  # of others, or it cannot be known here
+                continue
+        return False
+
+    def read_items(self, path: Path) -> Iterator[tuple[LatentHeader, dict[str, Tensor]]]:
+        """The latents of a file, in its order: headers, and the tensors that `header.space` names, (C, h, w), CPU.
+
+        Raises: LatentFileError for damage: also for shapes, types and values that do not go with the header.
+        """
+        for header, arrays in self.read_arrays(path):
+            tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+            for name, tensor in tensors.items():
+                if tensor.dtype != getattr(torch, header.latent_dtype):
+                    raise LatentFileError(
+                        f"{path}: damaged latent file: {name} is {tensor.dtype}; its header says {header.latent_dtype}"
+                    )
+            check_tensors(header, tensors, path)
+            yield header, tensors
+
+    def encode(self, items: Sequence[TensorItem]) -> bytes:
+        """A file; the formats that have a file for each image take one item.
+
+        The tensors are those that `header.space` names, and for kohya-npz `latents` and perhaps `latents_flipped`.
+        """
+        return self.to_bytes([(header, {name: t.numpy() for name, t in tensors.items()}) for header, tensors in items])
+
+    def _walk(self, out: Path) -> Iterator[Path]:
+        for folder, subfolders, names in os.walk(out):
+            subfolders[:] = [name for name in subfolders if not self.is_sharded and not name.startswith(".")]
+            yield from (Path(folder, name) for name in names if self.is_file_name(name) and not name.startswith("."))
 
 
-def read_items(path: Path, format: str) -> Iterator[tuple[LatentHeader, dict[str, Tensor]]]:
-    """The latents of a file, in its order: headers, and the tensors that `header.space` names, (C, h, w) on the CPU.
-
-    Raises: LatentFileError for damage: also for shapes, types and values that do not go with the header.
-    """
-    if format == "safetensors":
-        file = LatentFile.read(path)
-        items = iter([(file.header, dict(file.tensors))])
-    else:
-        items = ((header, _to_tensors(arrays)) for header, arrays in _read_arrays(path, format))
-    for header, tensors in items:
-        for name, tensor in tensors.items():
-            if tensor.dtype != getattr(torch, header.latent_dtype):
-                raise LatentFileError(
-                    f"{path}: damaged latent file: {name} is {tensor.dtype}; its header says {header.latent_dtype}"
-                )
-        check_tensors(header, tensors, path)
-        yield header, tensors
+def _latent_file(path: Path) -> Iterator[tuple[LatentHeader, dict[str, Any]]]:
+    file = LatentFile.read(path)
+    return iter([(file.header, dict(file.tensors))])
 
 
-def _read_arrays(path: Path, format: str) -> Iterator[tar_cache.CacheItem]:
-    if format == "kohya-npz":
-        return iter([kohya.read_arrays(path)])
-    return tar_cache.read_items(path) if format == "webdataset" else parquet_cache.read_items(path)
+def _latent_file_bytes(items: Sequence[ArrayItem]) -> bytes:
+    ((header, arrays),) = items
+    return LatentFile(header=header, tensors={n: torch.from_numpy(array) for n, array in arrays.items()}).to_bytes()
 
 
-def _to_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+FORMATS: dict[str, CacheFormat] = {
+    "safetensors": CacheFormat(
+        is_file_name=lambda name: name.endswith(LATENT_SUFFIX),
+        read_headers=lambda path: [read_header(path)],
+        read_arrays=_latent_file,
+        to_bytes=_latent_file_bytes,
+    ),
+    "kohya-npz": CacheFormat(
+        is_file_name=kohya.is_file_name,
+        read_headers=lambda path: [kohya.read_header(path)],
+        read_arrays=lambda path: iter([kohya.read_arrays(path)]),
+        to_bytes=lambda items: kohya.to_bytes(*items[0]),
+    ),
+    "webdataset": CacheFormat(
+        is_file_name=webdataset.is_file_name,
+        read_headers=webdataset.read_headers,
+        read_arrays=webdataset.read_items,
+        to_bytes=webdataset.to_bytes,
+        name_of_shard=webdataset.file_name,
+    ),
+    "parquet": CacheFormat(
+        is_file_name=parquet.is_file_name,
+        read_headers=parquet.read_headers,
+        read_arrays=parquet.read_items,
+        to_bytes=parquet.to_bytes,
+        name_of_shard=parquet.file_name,
+    ),
+}
+
+
+def part_of_shard(path: Path) -> Part:
+    """The part of a run that `CacheFormat.shard_name` gave this name to."""
+    match = re.search(r"-(\d+-of-\d+)-\d+\.", path.name)
+    return (Part.from_name(match[1]) if match else None) or WHOLE
+
+
+def check_output_folder(out: Path, format: str, overwrite: bool) -> None:
+    """Raises: ConfigError if latents of this format cannot go into the folder: it holds another's, or is a file."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder for the output")
+    try:
+        manifests = [out / MANIFEST_NAME, *find_part_manifests(out).values()] if out.is_dir() else []
+        found = next((state[0] for state in map(read_state, manifests) if state), None)
+    except LatentFileError as error:
+        if not overwrite:
+            raise ConfigError(f"{error}: it would be replaced; move it away, or give --overwrite") from error
+        found = None
+    if found is None:
+        found = next((name for name, each in FORMATS.items() if each.is_in(out)), None)
+    if found is not None and found != format:
+        raise ConfigError(
+            f"{out} holds latents of the format {found}; one folder takes one format: choose another for {format}, or "
+            f"delete its files and its {MANIFEST_NAME}"
+        )

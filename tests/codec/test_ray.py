@@ -16,13 +16,12 @@ import psutil
 import pytest
 
 from sdvae.codec import ray as ray_engine
-from sdvae.codec.cache_files import find_cache_files
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError
 from sdvae.latents.manifest import read_manifest
-from sdvae.latents.registry import encode_file, read_items
+from sdvae.latents.registry import FORMATS
 from sdvae.model.autoencoder import AutoencoderKL
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -31,10 +30,10 @@ ROOT = Path(__file__).parents[2]
 
 def latents(out: Path, format: str) -> dict[str, bytes]:
     """Each key with header and tensors, as bytes; a key may be in the folder once."""
-    items = [item for path in find_cache_files(out, format) for item in read_items(path, format)]
+    items = [item for path in FORMATS[format].find_files(out) for item in FORMATS[format].read_items(path)]
     times = Counter(header.source.key for header, _ in items)
     assert [key for key, count in times.items() if count > 1] == []
-    return {header.source.key: encode_file([(header, tensors)], "webdataset") for header, tensors in items}
+    return {header.source.key: FORMATS["webdataset"].encode([(header, tensors)]) for header, tensors in items}
 
 
 def ray_processes() -> list[psutil.Process]:
@@ -126,7 +125,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(
     assert seen == sorted(seen) and seen[-1] == (26, 26) and len(seen) > 4
     encode_folder(images, local, vae=vae_path, options=EncodeOptions(**options))
     assert latents(out, format) == latents(local, format) and len(latents(out, format)) == 26
-    names = [[path.name for path in find_cache_files(folder, format)] for folder in (out, local)]
+    names = [[path.name for path in FORMATS[format].find_files(folder)] for folder in (out, local)]
     assert names[0] == names[1] and read_manifest(out).num_items == 26
     assert verify_cache(out, images=images, vae=vae_path).problems == ()
     assert not list(out.glob(".*")), "what the killed worker was about to write is still there"
@@ -157,7 +156,7 @@ def test_the_command_reports_all_workers_and_leaves_no_process(
     assert report["manifest"] == "out/manifest.jsonl"
     assert [line for line in result.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
     assert read_manifest(tmp_path / "out").num_items == 10
-    assert read_manifest(tmp_path / "out").settings[0].vae.name == str(vae_path)
+    assert [each.vae.name for each in read_manifest(tmp_path / "out").settings.values()] == [str(vae_path)]
 
 
 def test_without_ray_the_command_to_install_it_is_named(

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdvae.codec.cache_files import find_cache_files, read_headers
-from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import EncodeRun, encode_folder
 from sdvae.errors import ConfigError, LatentFileError, SdvaeError
+from sdvae.latents.formats import SHARDED_FORMATS
 from sdvae.latents.manifest import read_manifest
-from sdvae.latents.registry import read_items
+from sdvae.latents.registry import FORMATS
 from sdvae.latents.safetensors import LatentFile
 from sdvae.latents.webdataset import escape_key
 
@@ -49,7 +49,9 @@ def shards(out: Path) -> dict[str, int]:
 
 
 def keys(out: Path, format: str) -> list[list[str]]:
-    return [[header.source.key for header in read_headers(path, format)] for path in find_cache_files(out, format)]
+    return [
+        [header.source.key for header in FORMATS[format].read_headers(path)] for path in FORMATS[format].find_files(out)
+    ]
 
 
 def numbered(count: int) -> dict[str, tuple[int, int]]:
@@ -167,8 +169,8 @@ def test_the_shards_read_back_as_the_default_format_does(
         images, tmp_path / "shards", vae=vae_path, options=EncodeOptions(batch_size=1, format=format, shard_size=4)
     )
     found = 0
-    for path in find_cache_files(tmp_path / "shards", format):
-        for header, tensors in read_items(path, format):
+    for path in FORMATS[format].find_files(tmp_path / "shards"):
+        for header, tensors in FORMATS[format].read_items(path):
             plain = LatentFile.read(tmp_path / "plain" / f"{header.source.key}.safetensors")
             assert header == plain.header
             assert all(torch.equal(tensors[name], plain.tensors[name]) for name in ("mean", "logvar"))
@@ -218,7 +220,7 @@ def test_shards_are_filled_in_order_and_equal_to_the_byte(
         )
         assert report.done == 7
         assert keys(out, format) == [["0.png", "1.png", "2.png"], ["3.png", "4.png", "5.png"], ["6.png"]]
-        digests.append([sha256(path.read_bytes()).hexdigest() for path in find_cache_files(out, format)])
+        digests.append([sha256(path.read_bytes()).hexdigest() for path in FORMATS[format].find_files(out)])
     assert digests[0] == digests[1]
 
 
@@ -234,15 +236,21 @@ def test_a_second_run_does_nothing_and_a_changed_source_rewrites_its_shard_alone
     assert (report.done, report.skipped, shards(out)) == (0, 7, times)
     assert (out / "manifest.jsonl").stat().st_mtime_ns == manifest
 
-    before = {header.source.key: tensors for header, tensors in read_items(find_cache_files(out, format)[1], format)}
+    before = {
+        header.source.key: tensors for header, tensors in FORMATS[format].read_items(FORMATS[format].find_files(out)[1])
+    }
     make_images(images, {"4.png": (48, 16)})
     plan = EncodeRun(images, out, vae_path, EncodeOptions(format=format, shard_size=3, latent_dtype="float32")).plan
     (job,) = plan.jobs
-    assert (job.key, job.output, job.reason) == ("4.png", find_cache_files(out, format)[1], "stale: the source changed")
+    assert (job.key, job.output, job.reason) == (
+        "4.png",
+        FORMATS[format].find_files(out)[1],
+        "stale: the source changed",
+    )
     report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
     assert (report.done, report.skipped) == (1, 6)
     assert {name for name, written in shards(out).items() if times[name] != written} == {job.output.name}
-    after = {header.source.key: tensors for header, tensors in read_items(job.output, format)}
+    after = {header.source.key: tensors for header, tensors in FORMATS[format].read_items(job.output)}
     assert list(after) == ["3.png", "4.png", "5.png"]
     assert after["4.png"]["mean"].shape == (4, 2, 6)
     assert all(torch.equal(before[key]["mean"], after[key]["mean"]) for key in ("3.png", "5.png"))
@@ -302,7 +310,7 @@ def test_shards_of_others_and_doubled_keys_are_refused(
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(1)), tmp_path / "out"
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
-    (shard,) = find_cache_files(out, format)
+    (shard,) = FORMATS[format].find_files(out)
     copy = shard.with_name(shard.name.replace("000000", "000005"))
     copy.write_bytes(shard.read_bytes())
     with pytest.raises(ConfigError, match="'0.png' is in .*000000.* and in .*000005"):
@@ -430,8 +438,8 @@ def test_a_killed_run_leaves_only_whole_shards_and_the_next_one_finishes(
         assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
     begun = keys(out, format)
     assert 2 <= len(begun) < 8 and all(len(shard) == 4 for shard in begun)
-    for path in find_cache_files(out, format):
-        assert len(list(read_items(path, format))) == 4
+    for path in FORMATS[format].find_files(out):
+        assert len(list(FORMATS[format].read_items(path))) == 4
     listed = read_manifest(out).num_items  # all that it lists is there; after a kill not all that is there is listed
     assert listed == (4 * len(begun) if signal_number == signal.SIGINT else 0)
     times = shards(out)
@@ -488,7 +496,7 @@ def test_damage_in_a_tar_is_named(
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="webdataset"))
     rewrite_tar(out / "shard-000000.tar", change)
     with pytest.raises(LatentFileError, match=f"shard-000000.tar: .*{reason}"):
-        list(read_items(out / "shard-000000.tar", "webdataset"))
+        list(FORMATS["webdataset"].read_items(out / "shard-000000.tar"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("scaling_factor", 0.5), ("key", "other.png"), ("shift_factor", None)])
@@ -500,16 +508,16 @@ def test_a_column_that_contradicts_its_header_is_named(
 
     images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="parquet"))
-    (path,) = find_cache_files(out, "parquet")
+    (path,) = FORMATS["parquet"].find_files(out)
     table = pq.ParquetFile(path).read()
     place = table.schema.get_field_index(name)
     column = pa.array([table[name][0].as_py(), value], table.schema.field(name).type)
     pq.write_table(table.set_column(place, table.schema.field(name), column), path)
     with pytest.raises(LatentFileError, match=f"row of '1.png': the column {name} has {value!r}; its header says"):
-        list(read_items(path, "parquet"))
+        list(FORMATS["parquet"].read_items(path))
     pq.write_table(table.drop_columns([name]), path)
     with pytest.raises(LatentFileError, match=f"the column {name} is missing"):
-        list(read_items(path, "parquet"))
+        list(FORMATS["parquet"].read_items(path))
 
 
 @sharded
@@ -518,11 +526,11 @@ def test_a_shard_that_was_cut_anywhere_is_not_taken_for_a_shorter_one(
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
-    (path,) = find_cache_files(out, format)
+    (path,) = FORMATS[format].find_files(out)
     data = path.read_bytes()
     for length in range(0, len(data), 512):
         path.write_bytes(data[:length])
         with pytest.raises(LatentFileError, match="cannot be read as a shard of latents"):
-            list(read_items(path, format))
+            list(FORMATS[format].read_items(path))
         with pytest.raises(LatentFileError):
-            read_headers(path, format)
+            FORMATS[format].read_headers(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
-from sdvae.codec.options import SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
 from sdvae.errors import CheckpointError, ConfigError, SdvaeError
-from sdvae.latents.manifest import MANIFEST_NAME
-from sdvae.latents.registry import encode_file, read_items
+from sdvae.latents.header import read_header
+from sdvae.latents.manifest import MANIFEST_NAME, CacheSettings
+from sdvae.latents.registry import FORMATS
 from sdvae.latents.safetensors import LatentFile
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
-FORMATS = ("safetensors", "kohya-npz", "webdataset", "parquet")
 SIZES = {"a.png": (24, 24), "b.png": (24, 24), "sub/c.png": (32, 24), "sub/d.png": (40, 16), "e.png": (24, 24)}
 
 
@@ -45,7 +45,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Pat
     """A cache of each format; shards of two images."""
     out = tmp_path_factory.mktemp("caches")
     for format in FORMATS:
-        options: dict[str, Any] = {"shard_size": 2} if format in SHARDED_FORMATS else {}
+        options: dict[str, Any] = {"shard_size": 2} if FORMATS[format].is_sharded else {}
         encode_folder(images, out / format, vae=vae_path, options=EncodeOptions(format=format, **options))
     return {format: out / format for format in FORMATS}
 
@@ -122,8 +122,13 @@ def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path
     file = LatentFile.read(path)
     LatentFile(header=replace(file.header, seed=6), tensors=file.tensors).write(path)
     relist(cache, path.name)
-    edit_manifest(cache, lambda lines: lines[0]["settings"].append(lines[0]["settings"][0] | {"seed": 6}))
-    edit_manifest(cache, lambda lines: [line.update(settings=[1]) for line in lines[1:] if line["path"] == path.name])
+    assert "what the manifest says of VAE" in reasons(verify_cache(cache))[path.name]
+    settings = CacheSettings.of(read_header(path))
+    edit_manifest(cache, lambda lines: lines[0]["settings"].update({settings.digest: asdict(settings)}))
+    edit_manifest(
+        cache,
+        lambda lines: [line.update(settings=[settings.digest]) for line in lines[1:] if line["path"] == path.name],
+    )
     found = reasons(verify_cache(cache, images=images, device="cpu"))
     assert found.keys() == {path.name}
     assert "other settings than the rest: seed" in found[path.name] and "gives another latent" in found[path.name]
@@ -234,10 +239,11 @@ def test_two_files_that_changed_places_are_found(cache: Path) -> None:
         (lambda lines: lines[1]["items"][0].update(shape=[4, 3, 4]), "shape (4, 3, 3), in the manifest (4, 3, 4)"),
         (lambda lines: lines[1]["items"][0].update(source_digest="sha256:0"), "source_digest"),
         (lambda lines: lines[1]["items"].append(lines[1]["items"][0]), "damaged manifest: lists 5 files with 6 items"),
-        (lambda lines: lines[0]["settings"][0].update(latent_dtype="float32"), "what the manifest says of VAE"),
+        (lambda lines: next(iter(lines[0]["settings"].values())).update(seed=1), "are not those of this digest"),
         (lambda lines: lines[0].update(schema="sdvae.latent-cache/9"), "upgrade sdvae"),
         (lambda lines: lines[1].update(path="../a.png.safetensors"), "outside the cache"),
-        (lambda lines: lines[1].update(settings=[7]), "damaged manifest: there are no settings 7"),
+        (lambda lines: lines[1].update(settings=["7"]), "damaged manifest: there are no settings '7'"),
+        (lambda lines: lines.append(lines[1]), "is listed twice"),
         (
             lambda lines: (lines[1]["items"].append(lines[1]["items"][0]), lines[0].update(num_items=6)),
             "holds 1 latents; the manifest says 2",
@@ -288,11 +294,11 @@ def test_values_that_are_not_those_of_the_image_are_found(
     """Sound files with a whole manifest, but the latents of a.png are moved: only encoding again shows it."""
     cache = copy_of(caches[format], tmp_path)
     path = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)[0]
-    items = [(header, dict(tensors)) for header, tensors in read_items(path, format)]
+    items = [(header, dict(tensors)) for header, tensors in FORMATS[format].read_items(path)]
     mean = items[0][1]["mean"].clone()
     mean[0, 1, 1] += 0.2 * mean.float().std().item()
     items[0][1]["mean"] = mean
-    path.write_bytes(encode_file(items, format))
+    path.write_bytes(FORMATS[format].encode(items))
     relist(cache, path.name)
     assert verify_cache(cache, vae=vae_path, device="cpu").exit_code == 0
     report = verify_cache(cache, images=images, vae=vae_path, device="cpu")

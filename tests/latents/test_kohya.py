@@ -20,7 +20,7 @@ from sdvae.errors import ConfigError, LatentFileError
 from sdvae.latents.header import Size
 from sdvae.latents.kohya import crop_ltrb
 from sdvae.latents.manifest import read_manifest
-from sdvae.latents.registry import read_items
+from sdvae.latents.registry import FORMATS
 from sdvae.latents.safetensors import LatentFile
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.posterior import image_generator
@@ -140,7 +140,7 @@ def test_the_file_holds_what_the_default_format_holds(
     )
     path = tmp_path / "kohya/wide_0160x0064_sd.npz"
     plain = LatentFile.read(tmp_path / "plain/wide.png.safetensors")
-    ((header, tensors),) = read_items(path, "kohya-npz")
+    ((header, tensors),) = FORMATS["kohya-npz"].read_items(path)
     assert tensors.keys() == plain.tensors.keys()
     assert all(torch.equal(tensors[name], plain.tensors[name]) for name in tensors)
     assert header.source == plain.header.source
@@ -257,7 +257,7 @@ def test_an_image_of_another_size_takes_its_older_file_away(
         "b_0064x0064_sd.npz",
         "b_0064x0064_sdxl.npz",
     ]
-    assert [file.path for file in read_manifest(images).files] == names
+    assert list(read_manifest(images).files) == names
 
 
 def test_a_folder_in_the_folder_keeps_its_files_where_keys_are_equal(
@@ -268,7 +268,7 @@ def test_a_folder_in_the_folder_keeps_its_files_where_keys_are_equal(
     encode_folder(
         images / "a.png", images, vae=vae_path, options=EncodeOptions(format="kohya-npz")
     )  # its key is a.png too
-    assert [file.path for file in read_manifest(images).files] == ["a_0064x0064_sd.npz", "sub/a_0128x0064_sd.npz"]
+    assert list(read_manifest(images).files) == ["a_0064x0064_sd.npz", "sub/a_0128x0064_sd.npz"]
 
 
 def test_another_seed_makes_the_draws_stale(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
@@ -330,4 +330,4 @@ def test_damage_is_named(tmp_path: Path, make_images: MakeImages, vae_path: Path
         latents[0, 0, 0] = np.nan
         np.savez(path, **arrays, **({"latents": latents} if damage == "nan" else {}))
     with pytest.raises(LatentFileError, match="a_0064x0064_sd.npz: "):
-        list(read_items(path, "kohya-npz"))
+        list(FORMATS["kohya-npz"].read_items(path))

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from sdvae.codec import listing
-from sdvae.codec.cache_files import find_cache_files
-from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS, EncodeOptions
+from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.errors import ConfigError, LatentFileError
-from sdvae.latents.manifest import Manifest, manifest_format, read_manifest, write_manifest
-from sdvae.latents.registry import read_items
+from sdvae.latents.formats import CACHE_FORMATS, SHARDED_FORMATS
+from sdvae.latents.manifest import Manifest, read_manifest, read_state
+from sdvae.latents.registry import FORMATS, CacheFormat
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 
@@ -33,12 +32,12 @@ def two_to_a_shard(format: str) -> dict[str, Any]:
 def check(out: Path, format: str, num_items: int) -> Manifest:
     """Compare a manifest with the folder, file by file."""
     manifest = read_manifest(out)
-    paths = find_cache_files(out, format)
-    assert [file.path for file in manifest.files] == [path.relative_to(out).as_posix() for path in paths]
-    for path, file in zip(paths, manifest.files, strict=True):
+    paths = FORMATS[format].find_files(out)
+    assert [file.path for file in manifest.files.values()] == [path.relative_to(out).as_posix() for path in paths]
+    for path, file in zip(paths, manifest.files.values(), strict=True):
         assert file.digest == f"sha256:{sha256(path.read_bytes()).hexdigest()}"
         assert (file.size_bytes, file.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
-        for item, (header, tensors) in zip(file.items, read_items(path, format), strict=True):
+        for item, (header, tensors) in zip(file.items, FORMATS[format].read_items(path), strict=True):
             source = header.source
             assert (item.key, item.source_digest) == (source.key, source.digest)
             assert (item.source_width, item.source_height) == (source.width, source.height)
@@ -59,7 +58,7 @@ def test_the_manifest_lists_every_latent_with_its_digest(
     check(tmp_path / "out", format, 3)
     lines = [json.loads(line) for line in (tmp_path / "out/manifest.jsonl").read_text().splitlines()]
     header = lines[0]
-    assert (header["schema"], header["format"]) == ("sdvae.latent-cache/1", format)
+    assert (header["schema"], header["format"]) == ("sdvae.latent-cache/2", format)
     assert (header["vae"]["digest"], header["vae"]["name"]) == (report.vae_digest, str(vae_path))
     assert (header["store"], header["latent_dtype"], header["preprocessing"]["crop"]) == ("mode", "float16", "none")
     assert (header["num_files"], header["num_items"]) == (len(lines) - 1, 3)
@@ -69,6 +68,8 @@ def test_the_manifest_lists_every_latent_with_its_digest(
         "source_width": 72,
         "source_height": 64,
         "shape": [4, 8, 9],
+        "source_size_bytes": (images / "b.jpg").stat().st_size,
+        "source_mtime_ns": (images / "b.jpg").stat().st_mtime_ns,
     }
 
 
@@ -84,8 +85,8 @@ def test_runs_over_different_images_are_listed_together(
     make_images(one, {"a.png": (128, 64)})
     encode_folder(one, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
     manifest = check(out, format, 5)
-    assert len({item.key for file in manifest.files for item in file.items}) == 5
-    for path in find_cache_files(out, format)[:1]:
+    assert len({item.key for file in manifest.files.values() for item in file.items}) == 5
+    for path in FORMATS[format].find_files(out)[:1]:
         path.unlink()
     encode_folder(two, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
     check(out, format, read_manifest(out).num_items)
@@ -100,22 +101,25 @@ def test_what_is_listed_and_unchanged_is_not_read_again(
     before, times = (out / "manifest.jsonl").read_bytes(), (out / "manifest.jsonl").stat().st_mtime_ns
     read: list[Path] = []
 
-    def counting(path: Path, format: str) -> Any:
-        read.append(path)
-        return read_items(path, format)
+    read_items = CacheFormat.read_items
 
-    monkeypatch.setattr(listing, "read_items", counting)
+    def counting(self: CacheFormat, path: Path) -> Any:
+        read.append(path)
+        return read_items(self, path)
+
+    monkeypatch.setattr(CacheFormat, "read_items", counting)
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     assert read == [] and (out / "manifest.jsonl").stat().st_mtime_ns == times
-    touched = find_cache_files(out, format)[0]
+    touched = FORMATS[format].find_files(out)[0]
     os.utime(touched, (1, 1))
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
     assert read == [touched]
     check(out, format, 3)
+    read.clear()
     (out / "manifest.jsonl").unlink()  # as in a folder that an earlier version wrote
     os.utime(touched, ns=(1, json.loads(before.splitlines()[1])["mtime_ns"]))
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
-    assert sorted(read[1:]) == find_cache_files(out, format)
+    assert sorted(read) == FORMATS[format].find_files(out)
     assert (out / "manifest.jsonl").read_bytes() == before
 
 
@@ -126,7 +130,7 @@ def test_latents_of_two_vaes_in_one_folder_have_their_settings_each(
     encode_folder(images, out, vae=vae_path)
     encode_folder(images / "b.png", out, vae=other_vae_path)
     manifest = check(out, "safetensors", 2)
-    names = [manifest.settings[index].vae.name for file in manifest.files for index in file.settings]
+    names = [manifest.settings[index].vae.name for file in manifest.files.values() for index in file.settings]
     assert names == [str(vae_path), str(other_vae_path)]
     assert manifest.common("vae") is None and manifest.common("store") == "moments"
     header = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
@@ -147,11 +151,16 @@ def test_a_manifest_of_before_the_statistics_of_the_vae_is_read_and_brought_up_t
         path = out / "manifest.jsonl"
         text = path.read_text()
         assert read_manifest(out).common("vae").latents_mean == mean
-        header, *files = text.splitlines()
-        old = json.loads(header)
-        for record in (old["vae"], old["settings"][0]["vae"]):
+        header, *files = map(json.loads, text.splitlines())
+        del header["part"]
+        header |= {"schema": "sdvae.latent-cache/1", "settings": list(header["settings"].values())}
+        for record in (header["vae"], header["settings"][0]["vae"]):
             del record["latents_mean"], record["latents_std"]
-        path.write_text("\n".join([json.dumps(old), *files, ""]))
+        for file in files:
+            file["settings"] = [0]
+            for item in file["items"]:
+                del item["source_size_bytes"], item["source_mtime_ns"]
+        path.write_text("".join(json.dumps(line) + "\n" for line in (header, *files)))
         assert read_manifest(out).common("vae").latents_mean is None
         encode_folder(images, out, vae=vae, options=EncodeOptions(overwrite=True))
         check(out, "safetensors", 1)
@@ -167,7 +176,7 @@ def test_until_a_run_is_done_what_it_replaces_is_not_listed(
     listed: list[list[str]] = []
 
     def look(*_: int) -> None:
-        listed.append([file.path for file in read_manifest(out).files])
+        listed.append(list(read_manifest(out).files))
 
     encode_folder(images, out, vae=vae_path, on_progress=look)
     assert listed == [["1.png.safetensors", "3.png.safetensors"]] * 2
@@ -180,7 +189,7 @@ def test_files_of_others_are_not_listed(tmp_path: Path, make_images: MakeImages,
     encode_folder(images, out, vae=vae_path)
     (out / ".hidden.safetensors").write_bytes(b"")
     encode_folder(images, out, vae=vae_path)
-    assert [file.path for file in read_manifest(out).files] == ["a.png.safetensors"]
+    assert list(read_manifest(out).files) == ["a.png.safetensors"]
     assert decode_folder(out / "a.png.safetensors", tmp_path / "decoded", vae=vae_path).done == 1
 
 
@@ -189,9 +198,9 @@ def test_a_manifest_of_others_is_replaced_only_when_asked(
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     (images / "manifest.jsonl").write_text('{"image": "a.png", "text": "a photograph"}\n')
-    with pytest.raises(ConfigError, match="has no schema sdvae.latent-cache/1.*--overwrite"):
+    with pytest.raises(ConfigError, match="has no schema sdvae.latent-cache/2.*--overwrite"):
         encode_folder(images, images, vae=vae_path)
-    assert manifest_format(tmp_path) is None
+    assert read_state(tmp_path / "manifest.jsonl") is None
     encode_folder(images, images, vae=vae_path, options=EncodeOptions(overwrite=True))
     check(images, "safetensors", 1)
 
@@ -213,9 +222,12 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path, make_images: Make
         (lambda lines: lines[:-1], "lists 1 files with 1 items, but its header says 2 and 2"),
         (lambda lines: [], "no schema"),
         (lambda lines: [*lines[:-1], lines[-1][:40]], "damaged manifest"),
-        (lambda lines: [lines[0].replace("cache/1", "cache/2"), *lines[1:]], "upgrade sdvae"),
+        (lambda lines: [lines[0].replace("cache/2", "cache/3"), *lines[1:]], "upgrade sdvae"),
         (lambda lines: [*lines[:-1], lines[-1].replace('"key"', '"name"')], "items has no key"),
-        (lambda lines: [*lines[:-1], lines[-1].replace('"settings": [0]', '"settings": [5]')], "no settings 5"),
+        (
+            lambda lines: [*lines[:-1], lines[-1].replace('"settings": ["sha256', '"settings": ["sha999')],
+            "no settings 'sha999",
+        ),
         (lambda lines: ["é"], "cannot be read"),
     ],
 )
@@ -237,7 +249,7 @@ def test_an_edited_manifest_is_set_right_by_the_next_run(
     encode_folder(images, out, vae=vae_path)
     path = out / "manifest.jsonl"
     right = path.read_text()
-    for wrong in (right.replace('"settings": [0]', '"settings": [5]'), right[:-100]):
+    for wrong in (right.replace('"settings": ["sha256', '"settings": ["sha999'), right[:-100]):
         path.write_text(wrong)
         assert encode_folder(images, out, vae=vae_path).skipped == 2
         assert path.read_text() == right
@@ -250,6 +262,6 @@ def test_a_manifest_that_is_read_is_the_one_that_was_written(
     encode_folder(images, tmp_path / "out", vae=vae_path)
     manifest = read_manifest(tmp_path / "out")
     (tmp_path / "copy").mkdir()
-    write_manifest(manifest, tmp_path / "copy")
+    manifest.write(tmp_path / "copy")
     assert read_manifest(tmp_path / "copy/manifest.jsonl") == manifest
     assert (tmp_path / "copy/manifest.jsonl").read_bytes() == (tmp_path / "out/manifest.jsonl").read_bytes()

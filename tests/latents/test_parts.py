@@ -21,23 +21,23 @@ import pytest
 from click.testing import CliRunner, Result
 
 from sdvae.cli.main import cli
-from sdvae.codec import listing, merging
-from sdvae.codec.cache_files import find_cache_files, part_of_shard, shard_name
-from sdvae.codec.merging import merge_parts
-from sdvae.codec.options import CACHE_FORMATS, SHARDED_FORMATS, DecodeOptions, EncodeOptions
+from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.codec.run import EncodeRun, decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError, LatentFileError
+from sdvae.latents import listing
+from sdvae.latents.formats import CACHE_FORMATS, SHARDED_FORMATS
+from sdvae.latents.listing import merge_parts
 from sdvae.latents.manifest import (
     MANIFEST_NAME,
     Manifest,
     find_part_manifests,
-    part_manifest_name,
+    manifest_name,
     read_manifest,
-    read_part_state,
+    read_state,
 )
 from sdvae.latents.parts import Part
-from sdvae.latents.registry import encode_file, read_items
+from sdvae.latents.registry import FORMATS, CacheFormat, part_of_shard
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 ROOT = Path(__file__).parents[2]
@@ -63,19 +63,21 @@ def in_parts(images: Path, out: Path, count: int, vae: Path, **options: Any) -> 
 
 def latents(out: Path, format: str) -> dict[str, bytes]:
     """Each key with header and tensors, as bytes; a key may be in the folder once."""
-    items = [item for path in find_cache_files(out, format) for item in read_items(path, format)]
+    items = [item for path in FORMATS[format].find_files(out) for item in FORMATS[format].read_items(path)]
     times = Counter(header.source.key for header, _ in items)
     assert [key for key, count in times.items() if count > 1] == []
-    return {header.source.key: encode_file([(header, tensors)], "webdataset") for header, tensors in items}
+    return {header.source.key: FORMATS["webdataset"].encode([(header, tensors)]) for header, tensors in items}
 
 
 def without_places(manifest: Manifest) -> Any:
     """What a manifest says of each latent, whatever shard it is in."""
     if manifest.format in SHARDED_FORMATS:
-        return manifest.settings, sorted((item.key, item) for file in manifest.files for item in file.items)
+        return manifest.settings, sorted(
+            (item.key, replace(item, source_mtime_ns=0)) for file in manifest.files.values() for item in file.items
+        )
     # the safetensors library writes the entries of a header in any order
     digest = {"digest": ""} if manifest.format == "safetensors" else {}
-    return manifest.settings, [replace(file, mtime_ns=0, **digest) for file in manifest.files]
+    return manifest.settings, [replace(file, mtime_ns=0, **digest) for file in manifest.files.values()]
 
 
 def sdvae(*arguments: object) -> Result:
@@ -112,8 +114,7 @@ def test_names_of_parts_are_in_order_and_read_back(part: Part, tmp_path: Path) -
     assert [p.name for p in part.all()] == sorted(p.name for p in part.all())
     assert Part.from_name("2-of-16") is None and Part.from_name("3-of-2") is None
     for format in SHARDED_FORMATS:
-        assert part_of_shard(tmp_path / shard_name(7, format, part)) == part
-        assert part_of_shard(tmp_path / shard_name(7, format)) is None
+        assert part_of_shard(tmp_path / FORMATS[format].shard_name(7, part)) == part
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
@@ -149,7 +150,7 @@ def test_parts_give_what_one_run_gives(
     assert latents(tmp_path / "out", format) == latents(tmp_path / "whole", format)
     assert without_places(read_manifest(tmp_path / "out")) == without_places(read_manifest(tmp_path / "whole"))
     assert [Path(report.manifest).name for report in reports] == [
-        *(part_manifest_name(Part(i, count)) for i in range(1, count)),
+        *(manifest_name(Part(i, count)) for i in range(1, count)),
         MANIFEST_NAME,  # the last part merges
     ]
     assert verify_cache(tmp_path / "out", images=images, vae=vae_path).problems == ()
@@ -194,20 +195,20 @@ def test_a_part_that_is_killed_goes_on_alone_and_the_last_one_merges(
     images, out = make_images(tmp_path / "images", numbered(40, (64, 64))), tmp_path / "out"
     options = {**options_for(format)}
     other = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options))
-    times = {path: path.stat().st_mtime_ns for path in find_cache_files(out, format)}
+    times = {path: path.stat().st_mtime_ns for path in FORMATS[format].find_files(out)}
     process = start(slowly_writing_sdvae, images, out, vae_path, "1/2", format)
     try:
         deadline = time.monotonic() + 60
-        while len(find_cache_files(out, format)) < len(times) + 3:
+        while len(FORMATS[format].find_files(out)) < len(times) + 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
     finally:
         process.kill()
         process.communicate()
-    state = read_part_state(out / part_manifest_name(Part(1, 2)))
-    assert state is not None and not state.complete
-    assert read_manifest(out / part_manifest_name(Part(1, 2))).num_files == 0  # no line about what it did not finish
+    state = read_state(out / manifest_name(Part(1, 2)))
+    assert state is not None and not state[1].complete
+    assert read_manifest(out / manifest_name(Part(1, 2))).num_files == 0  # no line about what it did not finish
     assert not (out / MANIFEST_NAME).exists() and merge_parts(out).missing == ("1/2",)
     begun = len(latents(out, format)) - other.done
     report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options))
@@ -244,8 +245,10 @@ def test_a_part_that_encodes_again_takes_the_manifest_away_until_it_has_ended(
     seen: list[tuple[bool, list[str]]] = []
 
     def look(*_: int) -> None:
-        listed = read_manifest(out / part_manifest_name(Part(1, 2)))
-        seen.append(((out / MANIFEST_NAME).exists(), [item.key for file in listed.files for item in file.items]))
+        listed = read_manifest(out / manifest_name(Part(1, 2)))
+        seen.append(
+            ((out / MANIFEST_NAME).exists(), [item.key for file in listed.files.values() for item in file.items])
+        )
         assert merge_parts(out).missing == ("1/2",)
 
     report = encode_folder(images, out, vae=vae_path, on_progress=look, options=EncodeOptions(shard="1/2", **options))
@@ -253,7 +256,7 @@ def test_a_part_that_encodes_again_takes_the_manifest_away_until_it_has_ended(
     assert report.manifest == str(out / MANIFEST_NAME) and read_manifest(out).num_items == 6
     assert verify_cache(out, images=images, vae=vae_path).problems == ()  # of kohya-npz: nothing left by the old name
     assert {path.name for path in out.glob("manifest*")} == {
-        MANIFEST_NAME, part_manifest_name(Part(1, 2)), part_manifest_name(Part(2, 2))
+        MANIFEST_NAME, manifest_name(Part(1, 2)), manifest_name(Part(2, 2))
     }  # fmt: skip
 
 
@@ -264,13 +267,14 @@ def test_a_merge_that_comes_in_the_way_of_a_part_leaves_no_manifest(
     in_parts(images, out, 2, vae=vae_path)
     begun = listing.CacheListing(out, "safetensors", Part(1, 2))
     plan = EncodeRun(images, out, vae_path, EncodeOptions(shard="1/2", overwrite=True)).plan
-    write = merging.write_manifest
+    write = Manifest.write
 
     def begin_meanwhile(manifest: Manifest, where: Path) -> Path:
-        begun.begin(plan)
+        if manifest.state.count == 1:
+            begun.begin([job.output for job in plan.jobs], [job.output for job in plan.jobs])
         return write(manifest, where)
 
-    monkeypatch.setattr(merging, "write_manifest", begin_meanwhile)
+    monkeypatch.setattr(Manifest, "write", begin_meanwhile)
     report = merge_parts(out)
     assert (report.missing, report.manifest, report.exit_code) == (("1/2",), None, 3)
     assert not (out / MANIFEST_NAME).exists()
@@ -282,14 +286,8 @@ def test_merging_reads_only_files_that_no_part_lists(
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
     in_parts(images, out, 2, vae=vae_path)
     (out / MANIFEST_NAME).unlink()
-    read: list[Path] = []
-
-    def counting(path: Path, format: str) -> Any:
-        read.append(path)
-        return read_items(path, format)
-
-    monkeypatch.setattr(listing, "read_items", counting)
-    assert merge_parts(out).num_items == 6 and read == []
+    monkeypatch.setattr(CacheFormat, "read_items", lambda *_: pytest.fail("a file is read"))
+    assert merge_parts(out).num_items == 6
 
 
 @each_format
@@ -343,7 +341,7 @@ def test_a_part_does_not_look_into_shards_that_another_may_be_writing(
     images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
     options = {**options_for(format)}
     encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="2/2", **options))
-    find_cache_files(out, format)[0].write_bytes(b"gone before it could be read")
+    FORMATS[format].find_files(out)[0].write_bytes(b"gone before it could be read")
     assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(shard="1/2", **options)).exit_code == 0
 
 
@@ -418,7 +416,7 @@ def test_packed_images_are_divided_as_files_are(
     encode_folder(images, tmp_path / "whole", vae=vae_path, options=EncodeOptions(**options))
 
     def means(folder: Path) -> dict[str, list[float]]:
-        items = [item for path in find_cache_files(folder, format) for item in read_items(path, format)]
+        items = [item for path in FORMATS[format].find_files(folder) for item in FORMATS[format].read_items(path)]
         return {h.source.digest: t["mean"].flatten().tolist() for h, t in items}
 
     assert means(out) == means(tmp_path / "whole")
@@ -485,7 +483,7 @@ def test_a_wrong_part_is_wrong_usage(tmp_path: Path, make_images: MakeImages) ->
 def test_a_damaged_manifest_of_a_part_is_named(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
     images, out = make_images(tmp_path / "images", numbered(4)), tmp_path / "out"
     in_parts(images, out, 2, vae=vae_path)
-    path = out / part_manifest_name(Part(2, 2))
+    path = out / manifest_name(Part(2, 2))
     path.write_text(path.read_text().replace('"part": {"index": 2', '"part": {"index": "2"'))
     with pytest.raises(LatentFileError, match="part-2-of-2.jsonl: damaged manifest: index is '2'"):
         merge_parts(out)
