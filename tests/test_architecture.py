@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,16 @@ def test_a_heavy_library_is_imported_only_at_its_address(library: str) -> None:
         if any(name.split(".")[0] == library for name in imports(path.read_text(encoding="utf-8"), "sdvae"))
     }
     assert users <= ADDRESSES[library]
+
+
+def test_diffusers_is_imported_only_after_the_repair_of_torchvision() -> None:
+    """Its first import may be any of them, and fails beside a torchvision that does not fit torch."""
+    for name in ADDRESSES["diffusers"]:
+        source = (PACKAGE / name).read_text(encoding="utf-8")
+        repair = [at.start() for at in re.finditer(r"^ *ensure_torchvision_importable\(\)$", source, re.MULTILINE)]
+        first = [at.start() for at in re.finditer(r"^ *(from|import) diffusers\b", source, re.MULTILINE)]
+        typing = [at for at in first if source[:at].rstrip().endswith("if TYPE_CHECKING:")]
+        assert repair and repair[0] < min(set(first) - set(typing)), name
 
 
 def test_public_names_exist_and_importing_the_package_loads_nothing_heavy() -> None:

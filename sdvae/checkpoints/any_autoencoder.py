@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats, read, store
 from sdvae.checkpoints.fit import config_fields, first_not_finite, key_problems
 from sdvae.checkpoints.formats import CLASS_NAME
@@ -51,6 +52,7 @@ def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
 
 
 def _class(name: str, config_path: Path) -> type[nn.Module]:
+    ensure_torchvision_importable()
     import diffusers
     from diffusers.models import autoencoders
 

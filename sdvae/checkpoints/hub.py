@@ -20,15 +20,15 @@ _HUB_TIMEOUT_S = 10  # what the hub client allows for a download's first answer;
 
 def is_hub_id(ref: str | Path) -> bool:
     """Whether a reference that names nothing on disk may be a repository, "org/name", rather than a path."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     if (
         not isinstance(ref, str)
         or not _HUB_ID.fullmatch(ref)
         or Path(ref).suffix in {".json", *formats.WEIGHT_SUFFIXES}
     ):
         return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(ref)
     except HFValidationError:

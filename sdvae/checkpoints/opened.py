@@ -27,19 +27,10 @@ from sdvae.model.optimize import optimize
 from sdvae.model.posterior import DiagonalGaussian, Encoding
 from sdvae.model.scale import LatentScale
 
-__all__ = ["OpenedVae", "VaeRef", "open_any_vae", "open_vae", "round_to_8_bits"]
+__all__ = ["OpenedVae", "VaeRef", "open_any_vae", "open_vae"]
 
 _PROBE_PX = 128  # the largest downsampling that is published (DC-AE f128) makes one latent position of it
 _DRAWS_WHILE_DECODING = frozenset({"ConsistencyDecoderVAE"})
-
-
-def round_to_8_bits(recon: Tensor) -> Tensor:
-    """What a picture file would hold. recon: [-1, 1] and beyond; not a number becomes black.
-
-    Returns: float32 in [0, 1], multiples of 1/255.
-    """
-    levels = ((recon.float().nan_to_num(nan=-1.0) + 1) * 127.5).clamp_(0, 255).round_()
-    return levels.div_(255)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 
+from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, misfit
 from sdvae.checkpoints.folders import new_folder
@@ -190,6 +191,7 @@ def to_diffusers(vae: Autoencoder) -> diffusers.AutoencoderKL:
 
     For everything that saves a whole pipeline, since diffusers loads pipelines only from libraries that it knows.
     """
+    ensure_torchvision_importable()
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
     with torch.device("meta"):

@@ -43,6 +43,7 @@ __all__ = [
     "image_to_x",
     "read_image",
     "read_image_bytes",
+    "round_to_8_bits",
     "save_image",
     "x_to_image",
 ]
@@ -192,6 +193,15 @@ def x_to_image(x: Tensor) -> Pixels:
     planes = levels.clamp_(0.0, 255.0).round_().byte().cpu()  # (3, H, W)
     pixels: Pixels = np.stack([plane.numpy() for plane in planes], axis=-1)  # three times as fast as permute
     return pixels
+
+
+def round_to_8_bits(recon: Tensor) -> Tensor:
+    """What a picture file would hold. recon: [-1, 1] and beyond; not a number becomes black.
+
+    Returns: float32 in [0, 1], multiples of 1/255.
+    """
+    levels = ((recon.float().nan_to_num(nan=-1.0) + 1) * 127.5).clamp_(0, 255).round_()
+    return levels.div_(255)
 
 
 def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae
+from sdvae.data.images import round_to_8_bits
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.protocol import Protocol
 from sdvae.metrics.table import IMAGE_METRICS

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae
+from sdvae.data.images import round_to_8_bits
 from sdvae.metrics.latent_health import PairMoments
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.posterior import DiagonalGaussian, Encoding

@@ -1,6 +1,6 @@
 """What a latent file says of itself: one JSON object in the safetensors header. No torch.
 
-Planning and inspecting read this and never the tensors, which `latent_file.py` adds. docs/latent-files.md describes
+Planning and inspecting read this and never the tensors, which `safetensors.py` adds. docs/latent-files.md describes
 the format for readers in other languages.
 """
 

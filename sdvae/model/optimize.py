@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.errors import ConfigError
 from sdvae.model.device import compile_settings, preferred_memory_format
 from sdvae.model.network import Autoencoder
@@ -61,6 +62,7 @@ def _optimized(vae: Any, name: str, compile: bool) -> Autoencoder:
 
 def _shared(stock: Any, name: str) -> AutoencoderKL:
     """Our class around the tensors of diffusers' one."""
+    ensure_torchvision_importable()
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
     from sdvae.model.autoencoder import AutoencoderKL

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
-from sdvae.data.images import Pixels, image_to_x
+from sdvae.checkpoints.opened import OpenedVae
+from sdvae.data.images import Pixels, image_to_x, round_to_8_bits
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import exact_float32
 from sdvae.precision.activations import watch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.data.images import round_to_8_bits
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.posterior import DiagonalGaussian, Encoding
@@ -166,32 +166,6 @@ def test_a_draw_without_a_posterior_is_z() -> None:
     assert encoding.draw([torch.Generator()]) is encoding.z
 
 
-@pytest.mark.parametrize("latents_mean", [None, (0.5, -1.0, 0.0, 2.0)])
-def test_latents_and_z_are_inverses_and_the_scale_is_the_configured_one(
-    subject: OpenedVae, latents_mean: tuple[float, ...] | None
-) -> None:
-    std = None if latents_mean is None else (1.0, 2.0, 4.0, 0.5)
-    scale = replace(subject.scale, latents_mean=latents_mean, latents_std=std)
-    subject = replace(subject, scale=scale)
-    z = picture(2, 4, 6)[:, [0, 1, 2, 0]]
-    latents = subject.scale.to_latents(z)
-    if latents_mean is None or std is None:
-        assert torch.allclose(latents, (z - 0.1) * 0.18215)
-    else:  # as StableDiffusionXLPipeline undoes it
-        mean, deviation = (torch.tensor(values).view(1, 4, 1, 1) for values in (latents_mean, std))
-        assert torch.allclose(latents * deviation / 0.18215 + mean, z, atol=1e-6)
-    assert torch.allclose(subject.scale.to_z(latents), z, atol=1e-6)
-
-
-def test_the_posterior_of_latents_is_that_of_scaled_draws(subject: OpenedVae) -> None:
-    posterior = DiagonalGaussian(picture(1, 4, 4)[:, [0, 1, 2, 0, 1, 2, 0, 1]])
-    scaled = subject.scale.to_latents_posterior(posterior)
-    z = picture(1, 4, 4, seed=1)[:, [0, 1, 2, 0]]
-    # a change of variables moves the log-density by the log of the scale, for each of the 64 elements
-    moved = posterior.nll(z) + 64 * torch.tensor(0.18215).log()
-    assert torch.allclose(scaled.nll(subject.scale.to_latents(z)), moved, rtol=1e-4)
-
-
 @pytest.mark.parametrize("build", [tiny, dc], ids=["tiny", "dc"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_dtype_is_a_copy_and_gives_nearly_the_same(build: Callable[[], Any], dtype: torch.dtype) -> None:
@@ -275,8 +249,3 @@ def test_taesd_reconstructs_a_photograph_and_its_z_are_latents(taesd_path: Path,
     assert 10 * torch.log10(torch.tensor(255**2 / mse)) > 20
     assert torch.equal(subject.scale.to_latents(encoding.z), encoding.z)
     assert 0.3 < float(encoding.z.std()) < 2  # of about unit variance already, so never multiplied by 0.18215
-
-
-def test_pixels_are_rounded_and_clamped_as_in_a_file() -> None:
-    recon = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.5, float("nan"), 2 * 100.4 / 255 - 1])
-    assert (round_to_8_bits(recon) * 255).tolist() == pytest.approx([0, 0, 128, 255, 255, 0, 100])

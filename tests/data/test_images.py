@@ -28,6 +28,7 @@ from sdvae.data.images import (
     image_to_x,
     read_image,
     read_image_bytes,
+    round_to_8_bits,
     save_image,
     x_to_image,
 )
@@ -712,6 +713,11 @@ def test_nan_does_not_become_a_black_picture() -> None:
     x[1, 2, 3] = torch.nan
     with pytest.raises(SdvaeError, match="NaN"):
         x_to_image(x)
+
+
+def test_pixels_are_rounded_and_clamped_as_in_a_file() -> None:
+    recon = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.5, float("nan"), 2 * 100.4 / 255 - 1])
+    assert (round_to_8_bits(recon) * 255).tolist() == pytest.approx([0, 0, 128, 255, 255, 0, 100])
 
 
 # Writing.

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.data.images import round_to_8_bits
 from sdvae.evaluation.gallery import MAX_PICTURE_PX, choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.protocol import PRESETS

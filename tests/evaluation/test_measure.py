@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.data.images import round_to_8_bits
 from sdvae.evaluation.blocks import ORIGINALS, Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.measure import Measurement

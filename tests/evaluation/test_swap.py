@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import sdvae
-from sdvae.checkpoints.opened import OpenedVae, open_any_vae, round_to_8_bits
+from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.checkpoints.store import load_autoencoder
-from sdvae.data.images import read_image
+from sdvae.data.images import read_image, round_to_8_bits
 from sdvae.evaluation.swap import SwapTest, _sentence, _verdict, swap_obstacle
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL

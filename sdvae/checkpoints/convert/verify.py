@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sdvae.checkpoints import fit
 from sdvae.checkpoints.formats import some
-from sdvae.checkpoints.rewrite.fold_scale import latents_affine
+from sdvae.checkpoints.rewrite.fold_scale import checked_scale
 from sdvae.errors import CheckpointError
 from sdvae.model.network import Autoencoder
 
@@ -237,19 +237,19 @@ class _Scaled:
 
     def __init__(self, vae: Autoencoder) -> None:
         self.vae = vae
-        mean, gain = latents_affine(vae.config, vae.config["latent_channels"])
-        self.shift, self.scale = (values.float().view(1, -1, 1, 1) for values in (mean, gain))
+        self.scale = checked_scale(vae.config, vae.config["latent_channels"])
+        self.gain = self.scale.affine()[1].float()  # (C, 1, 1) or (1, 1, 1)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         posterior = self.vae.encode(x).latent_dist
         return {
-            "latents": (posterior.mean - self.shift) * self.scale,
-            "logvar": posterior.logvar + 2 * self.scale.log(),
-            "std": posterior.std * self.scale,
+            "latents": self.scale.to_latents(posterior.mean),
+            "logvar": posterior.logvar + 2 * self.gain.log(),  # not clamped again, as a posterior would be
+            "std": posterior.std * self.gain,
         }
 
     def decode(self, latents: Tensor) -> Tensor:
-        recon: Tensor = self.vae.decode(latents / self.scale + self.shift).sample
+        recon: Tensor = self.vae.decode(self.scale.to_z(latents)).sample
         return recon
 
 

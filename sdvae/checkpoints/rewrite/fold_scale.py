@@ -22,37 +22,36 @@ from sdvae.checkpoints.formats import SCALE_FIELDS
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.network import Autoencoder
 from sdvae.model.posterior import LOGVAR_MAX, LOGVAR_MIN
+from sdvae.model.scale import LatentScale
 
-__all__ = ["FoldCheck", "check_fold", "fold_problem", "fold_scale", "latents_affine", "rounded"]
+__all__ = ["FoldCheck", "check_fold", "checked_scale", "fold_problem", "fold_scale", "rounded"]
 
 
-def latents_affine(fields: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and gain of `latents = (z - mean) * gain` as the fields of config.json state them.
+def checked_scale(fields: Mapping[str, Any], channels: int) -> LatentScale:
+    """The scale that the fields of config.json state, if they have one meaning; a missing field has its default.
 
-    latents_mean and latents_std, where both are given, mean (z - latents_mean) * scaling_factor / latents_std; else
-    latents are (z - shift_factor) * scaling_factor. A field that is missing has the default of the class.
-    Returns: each (channels,), float64.
     Raises: ConfigError for fields that contradict each other, of the wrong length, not finite or not positive.
     Source: the pipelines of diffusers. Those of the SDXL family read the mean and std and never shift_factor, those
     of SD3 and FLUX read shift_factor and neither of the two, so all three together have no one meaning.
     """
-    value = {name: fields.get(name, default) for name, default in _defaults().items()}
-    scaling_factor = _number("scaling_factor", value["scaling_factor"], positive=True)
-    shift_factor = 0.0 if value["shift_factor"] is None else _number("shift_factor", value["shift_factor"])
-    mean, std = value["latents_mean"], value["latents_std"]
+    scaling_factor, shift_factor, mean, std = (fields.get(name, DEFAULTS[name]) for name in SCALE_FIELDS)
+    scaling_factor = _number("scaling_factor", scaling_factor, positive=True)
+    shift_factor = None if shift_factor is None else _number("shift_factor", shift_factor)
     if (mean is None) != (std is None):
         given, absent = ("latents_std", "latents_mean") if mean is None else ("latents_mean", "latents_std")
         raise ConfigError(f"{given} is given without {absent}; pipelines then ignore it. Give both, or set it to null")
     if mean is None:
-        shift, gain = torch.tensor([[shift_factor], [scaling_factor]], dtype=torch.float64).expand(2, channels)
-        return shift, gain
+        return LatentScale(scaling_factor=scaling_factor, shift_factor=shift_factor)
     if shift_factor:
         raise ConfigError(
             f"shift_factor {shift_factor} stands beside latents_mean and latents_std: SDXL pipelines read only the "
             "latter, SD3 and FLUX pipelines only the former. Set what your pipeline does not read to null"
         )
-    means = _channel_values("latents_mean", mean, channels)
-    return means, scaling_factor / _channel_values("latents_std", std, channels, positive=True)
+    return LatentScale(
+        scaling_factor=scaling_factor,
+        latents_mean=_channel_values("latents_mean", mean, channels),
+        latents_std=_channel_values("latents_std", std, channels, positive=True),
+    )
 
 
 def fold_scale(
@@ -81,7 +80,7 @@ def fold_scale(
     """
     tensors, fields = dict(tensors), dict(fields)
     channels = _latent_channels(tensors)
-    mean, gain = latents_affine(fields, channels)
+    mean, gain = (each.flatten().expand(channels) for each in checked_scale(fields, channels).affine())  # (C,)
     k = gain / _number("scaling_factor to fold into", scaling_factor, positive=True)
     shift = 0.0 if shift_factor is None else _number("shift_factor to fold into", shift_factor)
     d = shift - k * mean
@@ -144,22 +143,21 @@ def check_fold(old: Autoencoder, new: Autoencoder, x: Tensor) -> FoldCheck:
     x: (B, 3, H, W), [-1, 1], on the device of both. Errors are computed in float64.
     """
     channels = int(old.config.latent_channels)
-    (mean, gain), (new_mean, new_gain) = (
-        [value.view(1, -1, 1, 1).to(x.device) for value in latents_affine(vae.config, channels)] for vae in (old, new)
-    )
+    scale, new_scale = (checked_scale(vae.config, channels) for vae in (old, new))
+    gain, new_gain = (each.affine()[1].to(x.device) for each in (scale, new_scale))  # (C, 1, 1) or (1, 1, 1)
     posterior, new_posterior = (vae.encode(x.to(vae.dtype)).latent_dist for vae in (old, new))
-    latents = (posterior.mean.double() - mean) * gain  # (B, C, h, w)
-    new_latents = (new_posterior.mean.double() - new_mean) * new_gain
+    latents = scale.to_latents(posterior.mean.double())  # (B, C, h, w)
+    new_latents = new_scale.to_latents(new_posterior.mean.double())
     std_ratio = (new_posterior.std.double() * new_gain) / (posterior.std.double() * gain)
     recon = old.decode(posterior.mean).sample.double()
-    new_recon = new.decode((latents / new_gain + new_mean).to(new.dtype)).sample.double()
+    new_recon = new.decode(new_scale.to_z(latents).to(new.dtype)).sample.double()
     logvar = posterior.moments.double()[:, channels:].transpose(0, 1).flatten(1)  # (C, B * h * w)
     errors = {
         "latents_error": float((new_latents - latents).abs().max()),
         "std_error": float((std_ratio - 1).abs().max()),
         "recon_error": float((new_recon - recon).abs().max()),
     }
-    problem = fold_problem(logvar.amin(1), logvar.amax(1), (gain / new_gain).flatten())
+    problem = fold_problem(logvar.amin(1), logvar.amax(1), (gain / new_gain).flatten().expand(channels))
     if not all(map(math.isfinite, errors.values())):
         problem = "encoding or decoding gives NaN or infinite values, before the fold or after it"
     return FoldCheck(**errors, logvar_min=float(logvar.min()), logvar_max=float(logvar.max()), problem=problem)
@@ -226,10 +224,6 @@ def _identity(name: str, channels: int, tensors: Mapping[str, Tensor]) -> dict[s
     return {f"{name}.weight": weight, f"{name}.bias": like.new_zeros(channels)}
 
 
-def _defaults() -> dict[str, Any]:
-    return {name: DEFAULTS[name] for name in SCALE_FIELDS}
-
-
 def _number(name: str, value: Any, positive: bool = False) -> float:
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or (positive and number <= 0):
@@ -237,12 +231,10 @@ def _number(name: str, value: Any, positive: bool = False) -> float:
     return number
 
 
-def _channel_values(name: str, values: Any, channels: int, positive: bool = False) -> Tensor:
+def _channel_values(name: str, values: Any, channels: int, positive: bool = False) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or len(values) != channels:
         raise ConfigError(f"{name} is {values!r}; expected a list of {channels} numbers, one per latent channel")
-    return torch.tensor(
-        [_number(f"{name}[{c}]", value, positive) for c, value in enumerate(values)], dtype=torch.float64
-    )
+    return tuple(_number(f"{name}[{c}]", value, positive) for c, value in enumerate(values))
 
 
 def _equal(values: Tensor) -> bool:

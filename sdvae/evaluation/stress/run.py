@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdvae.checkpoints.opened import OpenedVae, round_to_8_bits
-from sdvae.data.images import Pixels, image_to_x
+from sdvae.checkpoints.opened import OpenedVae
+from sdvae.data.images import Pixels, image_to_x, round_to_8_bits
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.stress.seams import SEAM_THRESHOLD, SeamScore, colour_step, seam_score

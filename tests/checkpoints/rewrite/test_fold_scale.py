@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.rewrite.fold_scale import check_fold, fold_problem, fold_scale, latents_affine
+from sdvae.checkpoints.rewrite.fold_scale import check_fold, checked_scale, fold_problem, fold_scale
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.scale import LatentScale
 
 REFERENCE = 0.18215
 PER_CHANNEL = {"latents_mean": [-1.6, 0.4, 2.5, 0.0], "latents_std": [8.4, 5.2, 4.0, 0.7], "scaling_factor": 0.5}
@@ -102,15 +103,13 @@ def test_programs_with_a_hard_coded_scale_get_the_latents_of_the_old_scale(quant
 def test_per_channel_latents_are_those_of_pipelines_that_read_mean_and_std() -> None:
     z = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     mean, std = (torch.tensor(PER_CHANNEL[n]).double().view(1, 4, 1, 1) for n in ("latents_mean", "latents_std"))
-    offset, gain = (value.view(1, 4, 1, 1) for value in latents_affine(PER_CHANNEL, 4))
-    latents = (z - offset) * gain
+    latents = checked_scale(PER_CHANNEL, 4).to_latents(z)
     assert torch.allclose(latents, (z - mean) * 0.5 / std, atol=1e-6)
     assert torch.allclose(latents * std / 0.5 + mean, z, atol=1e-6)  # decoding
 
 
 def test_a_missing_scale_is_the_default_of_the_class() -> None:
-    mean, gain = latents_affine({}, 4)
-    assert (mean.tolist(), gain.tolist()) == ([0.0] * 4, [0.18215] * 4)
+    assert checked_scale({}, 4) == LatentScale(scaling_factor=0.18215)
 
 
 def test_without_post_quant_conv_a_shift_is_refused_because_of_the_border() -> None:
@@ -222,7 +221,7 @@ def test_an_impossible_factor_is_refused_wherever_it_stands(factor: Any) -> None
 )
 def test_fields_that_state_no_one_scale_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        latents_affine(fields, 4)
+        checked_scale(fields, 4)
 
 
 def test_half_a_vae_and_weights_that_overflow_are_refused() -> None:
