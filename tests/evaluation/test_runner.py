@@ -29,12 +29,12 @@ from sdvae.data.sources.files import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
 from sdvae.evaluation import blocks, compare, conclude, images, runner
 from sdvae.evaluation.options import EvaluateOptions
-from sdvae.evaluation.processes import Processes
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
+from sdvae.processes import Processes
 from sdvae.report.result import EvaluationResult, load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -620,7 +620,7 @@ def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: 
     for rank, expected in ((0, {0, 2}), (1, {1})):
         store = blocks.BlockStore(tmp_path / f"rank{rank}")
         store.open({}, overwrite=False)
-        runner._measure(replace(setup, processes=Processes(rank, 2, torch.device("cpu"))), store, None)
+        runner._measure(replace(setup, processes=Processes(rank, 2)), store, None)
         assert {number for number in range(3) if store.has(number)} == expected
 
 
