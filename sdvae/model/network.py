@@ -23,7 +23,7 @@ from sdvae.model.tiling import blended_tiles
 __all__ = ["Autoencoder", "AutoencoderConfig", "Decoded", "Encoded"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(Mapping[str, Any]):
     """What config.json says of the network: fields, order and defaults are those of diffusers' AutoencoderKL.
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints import folders, read, store
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder, to_diffusers
+from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, load_network, save_autoencoder, to_diffusers
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -110,6 +110,22 @@ def test_each_class_loads_strictly_what_the_other_saved(tmp_path: Path, layout: 
     assert same_weights(again, stock)
     theirs, own = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "ours"))
     assert own == theirs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_network_on_its_own_is_saved_handed_over_and_identified_as_in_its_shell(
+    tmp_path: Path, layout: str
+) -> None:
+    save_autoencoder(make(**LAYOUTS[layout]), tmp_path / "vae")
+    network, shell = load_network(tmp_path / "vae"), load_autoencoder(tmp_path / "vae")
+    assert same_weights(network, shell) and not network.training
+    stock = to_diffusers(network)
+    assert type(stock) is StockAutoencoderKL and same_weights(stock, shell)
+    assert len({autoencoder_digest(model) for model in (network, shell, stock)}) == 1
+    for name, model in {"network": network, "shell": shell, "stock": stock}.items():
+        save_autoencoder(model, tmp_path / name)
+    for file in ("config.json", WEIGHTS):
+        assert len({(tmp_path / name / file).read_bytes() for name in ("vae", "network", "shell", "stock")}) == 1
 
 
 def test_a_loaded_model_computes_what_the_stock_class_computes(saved: Path) -> None:

@@ -292,7 +292,8 @@ def compare_parts(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dic
     pixels = torch.from_numpy(np.stack([each.pixels for each in prepared])).permute(0, 3, 1, 2)  # (B, 3, H, W), uint8
     image = pixels.float() / 255
     steps = {"ours": our_steps(setting, pixels, image)}
-    recon = round_to_8_bits(open_any_vae(setting.vae, torch.device("cpu"), torch.float32).model(image * 2 - 1).sample)
+    subject = open_any_vae(setting.vae, torch.device("cpu"), torch.float32)
+    recon = round_to_8_bits(subject.decode(subject.encode(image * 2 - 1).z, *image.shape[2:]))
     for side, way in ways.items():
         steps[side] = their_steps(setting, way, pixels.contiguous(), image.contiguous(), recon.contiguous())
     found: dict[str, dict[str, list[float]]] = {name: {side: [] for side in SIDES} for name in steps["ours"]}

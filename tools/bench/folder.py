@@ -110,14 +110,14 @@ def compare_latents(ours: Path, theirs: Path) -> dict[str, float]:
 def measure_io_share(operation: str, source: Path, out: Path, arguments: argparse.Namespace) -> list[list[float]]:
     """Seconds of (the whole function, its batches again from memory), one pair for each repeat."""
     import torch
-    from sdvae.codec.loading import open_vae
     from torch import Tensor
 
+    from sdvae.checkpoints.opened import open_vae
     from sdvae.codec.options import DecodeOptions, EncodeOptions
     from sdvae.codec.run import DecodeRun, EncodeRun
 
     common: dict[str, Any] = {"batch_size": arguments.batch_size, "workers": arguments.workers, "overwrite": True}
-    loaded = open_vae(str(arguments.vae), EncodeOptions(**common))
+    loaded = open_vae(str(arguments.vae), **EncodeOptions(**common).opening)
     network = getattr(loaded.model, operation)
     batches: list[Tensor] = []
 
