@@ -52,6 +52,7 @@ from common import (
     with_range,
     write_json,
 )
+from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.codec.options import parse_bytes
 from sdvae.model.optimize import optimize
 
@@ -60,6 +61,7 @@ STOCK = ("diffusers", "diffusers-tiled")
 
 def measure_here(name: str, config: str, operation: str, size: int, machine: int, output: Path) -> dict[str, Any]:
     """Run one subject in this process, once. Writes the result to `output`."""
+    ensure_torchvision_importable()
     from diffusers import AutoencoderKL as StockAutoencoderKL
 
     be_killed_first()
