@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sdvae.latents.manifest import MANIFEST_NAME
-
 __all__ = ["CodecReport", "DecodeReport", "EncodeReport", "FileReason", "join_reports"]
 
 
@@ -94,6 +92,8 @@ def join_reports(reports: Sequence[Report]) -> Report:
     """One report of the parts of a run that went on at the same time."""
     if len(reports) == 1:
         return reports[0]
+    from sdvae.latents.manifest import MANIFEST_NAME  # --help needs the reports, and no library
+
     # the last part to end has merged the manifests of all
     merged = [
         {"manifest": report.manifest}
