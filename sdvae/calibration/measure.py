@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sdvae.calibration.result import Calibration, Failure, Present
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.data.batches import default_workers, group_by_shape, read_ahead
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
-from sdvae.data.prefetch import default_workers, group_by_shape, read_ahead
 from sdvae.data.sources.files import ImageFile, choose_images, find_images, os_reason
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError

@@ -23,7 +23,7 @@ from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.plan import Item, Plan, reason_without_path
 from sdvae.codec.reports import FileReason
-from sdvae.data.prefetch import WriteBehind, group_by_shape, read_ahead
+from sdvae.data.batches import WriteBehind, group_by_shape, read_ahead
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 from sdvae.latents.header import LatentHeader

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from sdvae.data.prefetch import QUEUE_PIXELS, WAITING_SHAPES, WriteBehind, group_by_shape, read_ahead
+from sdvae.data.batches import QUEUE_PIXELS, WAITING_SHAPES, WriteBehind, group_by_shape, read_ahead
 
 
 def test_results_come_in_the_order_of_the_jobs_with_errors_in_their_place() -> None:
