@@ -112,8 +112,6 @@ def _print_dry_run(vae: str, images: str, options: dict[str, Any], config_path: 
 
 
 def _print(found: Calibration) -> None:
-    from sdvae.codec.reports import FileReason
-
     click.echo(
         shown(
             f"{found.num_images} of {found.num_found} images in {found.source}, {found.num_positions:,} latent "
@@ -141,7 +139,7 @@ def _print(found: Calibration) -> None:
         click.echo(f"{sentence[0].upper()}{sentence[1:]}.")
     for warning in found.warnings:
         note(f"Warning: {warning}")
-    print_reasons("Failed", [FileReason(**vars(failure)) for failure in found.failures])
+    print_reasons("Failed", found.failures)
 
 
 def _cells(estimate: Estimate) -> tuple[str, str]:

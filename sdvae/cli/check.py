@@ -13,7 +13,7 @@ import click
 from sdvae.cli.options import json_option
 from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import DEVICES
-from sdvae.codec.reports import FileReason
+from sdvae.data.sources.files import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -174,8 +174,7 @@ def read_pixels(
         try:
             pixels = prepare(index, file, protocol).pixels
         except ImageError as error:
-            reason = str(error).removeprefix(f"{file.path}: ")
-            failures.append(FileReason(key=file.key, source=str(file.path), reason=reason))
+            failures.append(FileReason.of(file.key, file.path, error))
             continue
         yield pixels
         count += 1

@@ -12,7 +12,7 @@ from sdvae.cli.check import audit_options, choose_files, read_pixels
 from sdvae.cli.options import json_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
-from sdvae.codec.reports import FileReason
+from sdvae.data.sources.files import FileReason
 from sdvae.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

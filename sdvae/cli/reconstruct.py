@@ -18,10 +18,9 @@ from sdvae.errors import ConfigError, OutputExistsError
 if TYPE_CHECKING:
     from sdvae.codec.image_encoder import ImageEncoder
     from sdvae.codec.plan import Item
-    from sdvae.codec.reports import FileReason
     from sdvae.codec.run import EncodeRun
     from sdvae.data.contact_sheet import SheetRow
-    from sdvae.data.sources.files import ImageFile
+    from sdvae.data.sources.files import FileReason, ImageFile
 
 __all__ = ["reconstruct_command"]
 
@@ -236,7 +235,7 @@ def _measure(pairs: Sequence[tuple[Item, Item]], encoder: ImageEncoder) -> tuple
         images.append(
             Reconstruction(
                 key=encoded.key,
-                source=str(encoded.source),
+                source=str(encoded.path),
                 latent=str(encoded.output),
                 reconstruction=str(decoded.output),
                 width=width,

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.decoded_image import save_marked
-from sdvae.codec.engine import Member, OnProgress, Tally, carry_out
+from sdvae.codec.engine import CodecTally, Member, carry_out
 from sdvae.codec.image_encoder import to_device
 from sdvae.codec.options import DecodeOptions
 from sdvae.codec.plan import Item, Plan, mark_for
+from sdvae.data.batches import OnProgress
 from sdvae.data.images import x_to_image
 from sdvae.data.transforms import unpad
 from sdvae.errors import LatentFileError
@@ -31,7 +32,7 @@ class ImageDecoder:
         self.vae = vae
         self.record = VaeRecord.of(vae)
 
-    def decode(self, plan: Plan, on_progress: OnProgress | None = None) -> Tally:
+    def decode(self, plan: Plan, on_progress: OnProgress | None = None) -> CodecTally:
         """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
         return carry_out(
             plan,
@@ -46,11 +47,11 @@ class ImageDecoder:
         )
 
     def _read(self, item: Item) -> Member:
-        file = LatentFile.read(item.source)
+        file = LatentFile.read(item.path)
         z, channels, ratio = file.z(), self.vae.latent_channels, self.vae.spatial_compression_ratio
         if (z.shape[0], file.header.vae.spatial_compression_ratio) != (channels, ratio):
             raise LatentFileError(
-                f"{item.source}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
+                f"{item.path}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
                 f"this VAE decodes {channels} at {ratio}"
             )
         return Member(item, z, file.header)
@@ -61,6 +62,6 @@ class ImageDecoder:
         return list(self.vae.model.decode(z).sample)
 
     def _write(self, member: Member, recon: Tensor) -> None:
-        item, header = member.item, member.header
+        item, header = member.job, member.header
         pixels = x_to_image(unpad(recon.cpu(), header.image.height, header.image.width))
         save_marked(pixels, item.output, mark_for(item.key, header, self.options, self.record))

@@ -14,9 +14,10 @@ from torch import Tensor
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import Member, OnProgress, Tally, carry_out
+from sdvae.codec.engine import CodecTally, Member, carry_out
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.plan import Item, Plan, why_no_bucket
+from sdvae.data.batches import OnProgress
 from sdvae.data.images import DEFAULT_MAX_PIXELS, JPEG_MARGIN, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop
@@ -83,11 +84,11 @@ class ImageEncoder:
             jpeg_margin=None if options.size is None else JPEG_MARGIN,
         )
 
-    def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> Tally:
+    def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> CodecTally:
         """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
 
         def write(member: Member, moments: Tensor) -> None:
-            writer.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
+            writer.add(member.job.output, member.header, self._tensors(member.header, moments.float().cpu()))
 
         return carry_out(
             plan,
@@ -104,14 +105,14 @@ class ImageEncoder:
 
     def load(self, item: Item) -> LoadedImage:
         """The image of an item, as it goes into the VAE. Raises: ImageError."""
-        file = ImageFile(item.key, item.source, item.member)
+        file = ImageFile(item.key, item.path, item.member)
         return load_image(file, self.preprocessing, self.options.max_pixels)
 
     def _read(self, item: Item) -> Member:
         image = self.load(item)
         height, width = image.pixels.shape[:2]
         if self.options.format == "kohya-npz" and (reason := why_no_bucket(width, height)):
-            raise ImageError(f"{item.source}: {reason}")  # it changed since the plan, which refuses such images
+            raise ImageError(f"{item.path}: {reason}")  # it changed since the plan, which refuses such images
         x, padding = pad_to_multiple(image_to_x(image.pixels), self.vae.spatial_compression_ratio)
         header = LatentHeader(
             space="moments" if self.options.store == "moments" else "z",

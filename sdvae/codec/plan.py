@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sdvae.codec.decoded_image import ImageMark, read_mark
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions, EncodeOptions, RunOptions
 from sdvae.data.images import EncodedImage
-from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, Member, os_reason
+from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, Member, reason_without_path
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.latents import kohya
 from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, Preprocessing, VaeRecord, read_header
@@ -38,7 +38,7 @@ class Item:
     """One input file, what happens with it, and why."""
 
     key: str  # path below the input folder, with "/"
-    source: Path
+    path: Path
     output: Path
     action: Action
     reason: str
@@ -46,8 +46,8 @@ class Item:
 
     def to_json(self) -> dict[str, Any]:
         """What a user may want to know of it."""
-        names = ("key", "source", "output", "action", "reason")
-        return {name: str(getattr(self, name)) for name in names}
+        names = {"key": "key", "source": "path", "output": "output", "action": "action", "reason": "reason"}
+        return {name: str(getattr(self, field)) for name, field in names.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def plan_encode(
 
 
 def _item(image: ImageFile, output: Path, action: Action, reason: str) -> Item:
-    return Item(key=image.key, source=image.path, output=output, action=action, reason=reason, member=image.member)
+    return Item(key=image.key, path=image.path, output=output, action=action, reason=reason, member=image.member)
 
 
 WhyStale = Callable[[LatentHeader, ImageFile], str | None]
@@ -330,7 +330,7 @@ def plan_decode(latents: Sequence[LatentSource], out: Path, options: DecodeOptio
                 refused.append(header)
         else:
             action, reason = "fail", reason_without_path(header, latent.path) if header else "the file is gone"
-        items.append(Item(key=latent.key, source=latent.path, output=output, action=action, reason=reason))
+        items.append(Item(key=latent.key, path=latent.path, output=output, action=action, reason=reason))
     if refused and len(refused) == len(items):
         raise LatentFileError(
             f"these latents were made by the VAE '{refused[0].vae.name}' ({_brief(refused[0].vae.digest)}), but this "
@@ -375,13 +375,6 @@ def find_latents(spec: str | Path) -> list[LatentSource]:
             f"{spec}: no latent files found; expected a folder, a file or a glob of *{LATENT_SUFFIX} files"
         )
     return sorted(found, key=lambda latent: latent.key)
-
-
-def reason_without_path(error: Exception, path: Path) -> str:
-    """An error's message without the path before it, for lists that name the file anyway."""
-    if isinstance(error, OSError):
-        return os_reason(error)
-    return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
 
 
 def _decide(output: Path, is_ours: bool, stale: str | None, overwrite: bool, kind: str) -> tuple[Action, str]:

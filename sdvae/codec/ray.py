@@ -22,10 +22,11 @@ from typing import Any
 
 from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import OnProgress, Tally
+from sdvae.codec.engine import CodecTally
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.plan import Item, Plan
+from sdvae.data.batches import OnProgress
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 from sdvae.latents.header import VaeRecord
@@ -43,7 +44,7 @@ _RAY_BLOCKS = 2000  # Ray keeps a book about each; beyond, a block of Ray's hold
 class _BlockResult:
     """What a worker did with a block."""
 
-    tally: Tally
+    tally: CodecTally
     written: Manifest
     device: str
 
@@ -92,7 +93,7 @@ def encode_on_ray(
     record: VaeRecord,
     written: Manifest,
     on_progress: OnProgress | None = None,
-) -> tuple[Tally, str]:
+) -> tuple[CodecTally, str]:
     """Do the jobs of a plan on the cluster of RAY_ADDRESS, or on a Ray of this machine's that ends with the run.
 
     out: on the machines of the workers the same folder, by the same path; so are the images and the VAE.
@@ -101,7 +102,7 @@ def encode_on_ray(
     Returns: what happened, and the devices of the workers.
     Raises: ConfigError where a worker cannot load the VAE; SdvaeError where the disk is full, or Ray fails.
     """
-    tally, devices = Tally(on_progress, total=len(plan.jobs)), set[str]()
+    tally, devices = CodecTally(on_progress, total=len(plan.jobs)), set[str]()
     if not plan.jobs:
         return tally, options.device
     import ray
@@ -130,7 +131,7 @@ def encode_on_ray(
 
 def _absolute(job: Item) -> Item:
     member = job.member.absolute() if job.member else None
-    return replace(job, source=job.source.absolute(), output=job.output.absolute(), member=member)
+    return replace(job, path=job.path.absolute(), output=job.output.absolute(), member=member)
 
 
 def _blocks(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import OnProgress, Tally, prepare_folder
+from sdvae.codec.engine import CodecTally, prepare_folder
 from sdvae.codec.image_decoder import ImageDecoder
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.launched import join_launched
 from sdvae.codec.options import DecodeOptions, EncodeOptions
 from sdvae.codec.plan import LatentSource, find_latents, plan_decode, plan_encode
 from sdvae.codec.reports import DecodeReport, EncodeReport, join_reports
+from sdvae.data.batches import OnProgress
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.sources.find import find_inputs
 from sdvae.errors import ConfigError
@@ -78,7 +79,7 @@ class EncodeRun:
             manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
         return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
 
-    def _carry_out(self, written: Manifest, on_progress: OnProgress | None) -> tuple[Tally, str]:
+    def _carry_out(self, written: Manifest, on_progress: OnProgress | None) -> tuple[CodecTally, str]:
         """Do the jobs of the plan. Returns: what happened, and on which device.
 
         written: takes the files that were written, also where this raises.

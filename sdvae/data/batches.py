@@ -1,22 +1,71 @@
-"""Reading ahead, batches of one shape, writing behind: bounded queues around a computation. No torch.
+"""Many files through a network: read ahead, computed in batches of one shape, written behind, and counted.
 
-Memory does not grow with the number of files: each queue is limited in files and, because a photograph may have a
-hundred times the pixels of a thumbnail, in pixels. The computation itself stays in the calling thread.
+A file that fails is recorded, and the rest goes on. Memory does not grow with the number of files: each queue is
+limited in files and, because a photograph may have a hundred times the pixels of a thumbnail, in pixels. The
+computation itself stays in the calling thread. Torch is imported when it begins: the command line takes the number of
+threads from here.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-__all__ = ["WriteBehind", "default_workers", "group_by_shape", "read_ahead"]
+from sdvae.data.sources.files import FileReason
+from sdvae.errors import SdvaeError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Named",
+    "OnProgress",
+    "Tally",
+    "WriteBehind",
+    "compute_batches",
+    "default_workers",
+    "group_by_shape",
+    "pixels_of",
+    "read_ahead",
+]
+
+
+class Named(Protocol):
+    """A file to work on."""
+
+    @property
+    def key(self) -> str: ...  # its name among the others
+
+    @property
+    def path(self) -> Path: ...
+
+
+class Member(Protocol):
+    """A file that was read, for a batch with others of its shape."""
+
+    @property
+    def job(self) -> Named: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
+
+    @property
+    def size_px(self) -> tuple[int, int]: ...  # width and height of the image
+
+
+OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
+NamedJob = TypeVar("NamedJob", bound=Named)
+AnyMember = TypeVar("AnyMember", bound=Member)
+Result = TypeVar("Result")
 
 # A queued pixel costs up to 12 bytes (three channels of float32), so each of the two queues stays under about 0.8 GB.
 QUEUE_PIXELS = 64_000_000
@@ -28,6 +77,103 @@ WAITING_SHAPES = 16
 def default_workers() -> int:
     """One thread per CPU core; more than 8 wait on the disk or on each other."""
     return min(8, os.cpu_count() or 1)
+
+
+@dataclass
+class Tally:
+    """What happened so far."""
+
+    on_progress: OnProgress | None
+    total: int
+    done: int = 0
+    failures: list[FileReason] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    singly: bool = False  # since memory ran out: the next large batch would only fail again
+
+    def fail(self, job: Named, error: Exception) -> None:
+        self.failures.append(FileReason.of(job.key, job.path, error))
+        self.tell()
+
+    def tell(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.num_finished, self.total)
+
+    @property
+    def num_finished(self) -> int:
+        return self.done + len(self.failures)
+
+
+def compute_batches(
+    jobs: Iterable[NamedJob],
+    read: Callable[[NamedJob], AnyMember],
+    compute: Callable[[Sequence[AnyMember]], Result],
+    tally: Tally,
+    *,
+    workers: int,
+    batch_size: int | None,
+    batch_pixels: int,
+    if_out_of_memory: str,
+) -> Generator[tuple[Sequence[AnyMember], Result], None, None]:
+    """Read files in threads, and compute batches of them, in inference mode. Close the generator to stop early.
+
+    A batch that fails is tried again image by image, so that only the bad ones are lost: they go into the tally.
+    batch_size, batch_pixels: as in `group_by_shape`. if_out_of_memory: advice for an image too large even alone.
+    """
+    import torch
+
+    compute = torch.inference_mode()(compute)
+    loaded = read_ahead(jobs, read, pixels_of, workers)
+    with closing(loaded):
+        members = _readable(loaded, tally)
+        for batch in group_by_shape(members, lambda each: each.tensor.shape, pixels_of, batch_size, batch_pixels):
+            if len(batch) > 1 and not tally.singly:
+                try:
+                    result = compute(batch)
+                except RuntimeError as error:  # torch.OutOfMemoryError is one
+                    if _is_out_of_memory(error):
+                        tally.singly = True
+                        tally.warnings.append(f"out of memory with a batch of {len(batch)}: went on image by image")
+                except SdvaeError:  # a size that does not fit into the memory that is allowed
+                    pass
+                else:
+                    yield batch, result
+                    continue
+                # Only here, where the exception is gone: its frames hold the tensors of the failed batch.
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            for member in batch:
+                try:
+                    result = compute([member])
+                except RuntimeError as error:
+                    size = f"{member.size_px[0]} x {member.size_px[1]} px"
+                    reason = f"the VAE failed at {size}: {error}"
+                    if _is_out_of_memory(error):
+                        reason = f"out of memory at {size}: {if_out_of_memory}"
+                    tally.fail(member.job, SdvaeError(reason))
+                except SdvaeError as error:
+                    tally.fail(member.job, error)
+                else:
+                    yield [member], result
+
+
+def pixels_of(member: Member) -> int:
+    width, height = member.size_px
+    return width * height
+
+
+def _readable(loaded: Iterable[tuple[NamedJob, AnyMember | Exception]], tally: Tally) -> Iterator[AnyMember]:
+    for job, result in loaded:
+        if isinstance(result, Exception):
+            tally.fail(job, result)
+        else:
+            yield result
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS, CPU on Linux, on Windows
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def read_ahead(

@@ -587,6 +587,23 @@ def test_when_memory_runs_out_the_run_goes_on_image_by_image_and_says_so(
     assert sorted(batches) == [1] * 8 + [3]
 
 
+def test_the_advice_at_out_of_memory_fits_what_is_done(
+    tmp_path: Path, make_images: MakeImages, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images(tmp_path / "images", {"a.png": (16, 16)})
+    encode_folder(images, tmp_path / "latents", vae=vae)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vae, "encode", fail)
+    monkeypatch.setattr(vae, "decode", fail)
+    encoded = encode_folder(images, tmp_path / "others", vae=vae).failures[0].reason
+    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae).failures[0].reason
+    assert "a smaller --size" in encoded
+    assert decoded == "out of memory at 16 x 16 px: use a lower --max-memory, or a device with more memory"
+
+
 def test_a_full_disk_stops_the_run_with_what_to_do_and_the_next_run_goes_on(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from sdvae.errors import ConfigError, ImageError
 
 __all__ = [
     "FileBytes",
+    "FileReason",
     "IMAGE_SUFFIXES",
     "ImageFile",
     "Member",
@@ -28,6 +29,7 @@ __all__ = [
     "folder_digest",
     "os_reason",
     "read_regular",
+    "reason_without_path",
     "refuse_unless_file",
 ]
 
@@ -208,6 +210,28 @@ def os_reason(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "permission denied"
     return f"cannot be read ({error.strerror or error})"
+
+
+def reason_without_path(error: Exception, path: Path) -> str:
+    """An error's message without the path before it, for lists that name the file anyway."""
+    if isinstance(error, OSError):
+        return os_reason(error)
+    return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReason:
+    """Something to say about one input file."""
+
+    key: str  # path below the input folder, with "/"
+    source: str
+    reason: str
+
+    @classmethod
+    def of(cls, key: str, path: Path, error: Exception | str) -> FileReason:
+        """Why a file failed, or a note about it."""
+        reason = error if isinstance(error, str) else reason_without_path(error, path)
+        return cls(key=key, source=str(path), reason=reason)
 
 
 def _known_suffixes() -> str:
