@@ -22,7 +22,7 @@ def plan_or_run(
 
     Of several processes the main one prints for all, and ends with the exit code of all.
     """
-    from sdvae.codec.plan import Plan
+    from sdvae.codec.planning.plan import Plan
     from sdvae.codec.reports import join_reports
 
     command = ctx.info_name or ""

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from sdvae.codec.plan import Plan
+    from sdvae.codec.planning.plan import Plan
     from sdvae.codec.reports import CodecReport
     from sdvae.data.sources.files import FileReason
 

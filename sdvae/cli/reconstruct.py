@@ -17,7 +17,7 @@ from sdvae.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
     from sdvae.codec.image_encoder import ImageEncoder
-    from sdvae.codec.plan import Item
+    from sdvae.codec.planning.plan import Item
     from sdvae.codec.run import EncodeRun
     from sdvae.data.contact_sheet import SheetRow
     from sdvae.data.sources.files import FileReason, ImageFile
@@ -187,7 +187,7 @@ def _print_dry_run(encoding: EncodeRun, folders: Folders, as_json: bool) -> None
 
 
 def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
-    from sdvae.codec.plan import LatentSource
+    from sdvae.codec.planning.plan import LatentSource
     from sdvae.codec.run import DecodeRun
 
     with progress("encode") as on_progress:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
-from sdvae.codec.plan import Item, Plan
+from sdvae.codec.planning.plan import Item, Plan
 from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches, pixels_of
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import ConfigError, SdvaeError

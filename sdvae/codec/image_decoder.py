@@ -12,7 +12,7 @@ from sdvae.codec.decoded_image import save_marked
 from sdvae.codec.engine import CodecTally, Member, carry_out
 from sdvae.codec.image_encoder import to_device
 from sdvae.codec.options import DecodeOptions
-from sdvae.codec.plan import Item, Plan, mark_for
+from sdvae.codec.planning.plan import Item, Plan, mark_for
 from sdvae.data.batches import OnProgress
 from sdvae.data.images import x_to_image
 from sdvae.data.transforms import unpad

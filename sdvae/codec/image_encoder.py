@@ -16,7 +16,7 @@ from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import CodecTally, Member, carry_out
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.plan import Item, Plan, why_no_bucket
+from sdvae.codec.planning.plan import Item, Plan, why_no_bucket
 from sdvae.data.batches import OnProgress
 from sdvae.data.images import DEFAULT_MAX_PIXELS, JPEG_MARGIN, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile

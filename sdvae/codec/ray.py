@@ -25,7 +25,7 @@ from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import CodecTally
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.plan import Item, Plan
+from sdvae.codec.planning.plan import Item, Plan
 from sdvae.data.batches import OnProgress
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers

@@ -16,7 +16,7 @@ from sdvae.codec.image_decoder import ImageDecoder
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.launched import join_launched
 from sdvae.codec.options import DecodeOptions, EncodeOptions
-from sdvae.codec.plan import LatentSource, find_latents, plan_decode, plan_encode
+from sdvae.codec.planning.plan import LatentSource, find_latents, plan_decode, plan_encode
 from sdvae.codec.reports import DecodeReport, EncodeReport, join_reports
 from sdvae.data.batches import OnProgress
 from sdvae.data.sources.files import ImageFile
