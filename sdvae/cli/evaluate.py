@@ -14,7 +14,6 @@ from sdvae.cli.output import note, print_json, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES, DEVICES
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
 from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
-from sdvae.processes import is_main_process
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
@@ -161,8 +160,7 @@ def evaluate_command(
     """
     protocol = _protocol(preset, metrics, settings)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
-    if is_main_process():  # of several processes, one says it
-        announce_vae(vaes[0] if vaes else None)
+    announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
 
     plan = plan_evaluation(images, vaes, reference, out, protocol, options)

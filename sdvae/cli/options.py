@@ -20,6 +20,7 @@ from sdvae.codec.options import (
     RunOptions,
 )
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
+from sdvae.processes import is_main_process
 
 __all__ = [
     "announce_vae",
@@ -189,8 +190,8 @@ write_options = _together(
 
 
 def announce_vae(vae: str | None) -> None:
-    """Say on stderr which VAE serves where none was given."""
-    if vae is None:
+    """Say on stderr which VAE serves where none was given; of several processes one says it."""
+    if vae is None and is_main_process():
         from sdvae.checkpoints.store import BUNDLED_NAME
 
         note(f"No --vae given: using the bundled {BUNDLED_NAME}.")

@@ -58,7 +58,7 @@ def reconstruct_command(
     folders.check(settings.overwrite)
     from sdvae.codec.run import EncodeRun
 
-    encoding = EncodeRun(_sources(images, folders.out), folders.latents, vae, settings)
+    encoding = EncodeRun(_sources(images, folders.out), folders.latents, vae, settings, divided=False)
     if dry_run:
         _print_dry_run(encoding, folders, as_json)
         ctx.exit(encoding.plan.exit_code)
@@ -187,7 +187,7 @@ def _print_dry_run(encoding: EncodeRun, folders: Folders, as_json: bool) -> None
 
 
 def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
-    from sdvae.codec.planning.plan import LatentSource
+    from sdvae.codec.planning.decode import LatentSource
     from sdvae.codec.run import DecodeRun
 
     with progress("encode") as on_progress:
@@ -199,7 +199,7 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
         name: getattr(encoding.options, name)
         for name in ("batch_size", "workers", "tiling", "max_memory", "tile_size", "tile_overlap", "overwrite")
     }
-    decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common))
+    decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common), divided=False)
     with progress("decode") as on_progress:
         decoded = decoding.run(on_progress)
     failed |= {failure.key for failure in decoded.failures}

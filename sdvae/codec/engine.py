@@ -6,28 +6,28 @@ It knows plans and outputs, and nothing of what a VAE does with a batch; threads
 from __future__ import annotations
 
 import errno
-import os
+import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.planning.plan import Item, Plan
-from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches, pixels_of
+from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches
 from sdvae.data.sources.files import FileReason
-from sdvae.errors import ConfigError, SdvaeError
-from sdvae.files import remove_leftovers
+from sdvae.errors import SdvaeError
 from sdvae.latents.header import LatentHeader
 
-__all__ = ["CodecTally", "Member", "carry_out", "prepare_folder"]
+__all__ = ["CodecTally", "Member", "Work", "carry_out"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -57,7 +57,7 @@ class CodecTally(Tally):
 
     def succeed(self, member: Member) -> None:
         self.done += 1
-        self.megapixels += pixels_of(member) / 1e6
+        self.megapixels += math.prod(member.size_px) / 1e6
         self.notes += [FileReason.of(member.job.key, member.job.path, note) for note in member.header.notes]
         self.tell()
 
@@ -78,10 +78,10 @@ class CodecTally(Tally):
         self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
         self.tell()
 
-    @property
-    def num_finished(self) -> int:
+    def tell(self) -> None:
         self.told = max(self.told, self.done + len(self.failures) + len(self.held))
-        return self.told
+        if self.on_progress is not None:
+            self.on_progress(self.told, self.total)
 
     def to_fields(self, plan: Plan, out: Path, vae: OpenedVae) -> dict[str, Any]:
         """The fields of a `CodecReport`."""
@@ -103,66 +103,82 @@ class CodecTally(Tally):
         }
 
 
-def carry_out(
-    plan: Plan,
-    out: Path,
-    options: RunOptions,
-    batch_pixels: int,
-    *,
-    read: Callable[[Item], Member],
-    compute: Callable[[Sequence[Member]], Sequence[Tensor]],
-    write: Callable[[Member, Tensor], None],
-    on_progress: OnProgress | None,
-    if_out_of_memory: str,
-    finish: Callable[[Path], None] | None = None,
-) -> CodecTally:
-    """Do the jobs of a plan: `read` and `write` in threads, `compute` in this one.
+class Work(ABC):
+    """What is done with each file of a plan: `read` and `write` in threads, `compute` in the main one."""
 
-    if_out_of_memory: advice for an image that does not fit even alone.
-    batch_pixels: how large batches are where the options leave it open.
-    finish: for outputs of many files: called with each output once all its jobs went through `write`, or failed. The
-        outputs then come one after the other, so that no more than one is held in memory.
-    A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
+    out: Path
+    options: RunOptions
+    vae: OpenedVae
+    if_out_of_memory: ClassVar[str]  # advice for an image that does not fit even alone
+
+    @abstractmethod
+    def read(self, item: Item) -> Member:
+        """Raises: SdvaeError for a file that cannot be read."""
+
+    @abstractmethod
+    def compute(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+        """What `write` is given for each member of a batch of one shape."""
+
+    @abstractmethod
+    def write(self, member: Member, computed: Tensor) -> None:
+        """Raises: SdvaeError, OSError."""
+
+    @property
+    def by_output(self) -> bool:
+        """Whether files share an output, which `finish` writes. The outputs then come one after the other."""
+        return False
+
+    def finish(self, output: Path) -> None:
+        """Write an output all of whose files went through `write`, or failed. Raises: SdvaeError, OSError."""
+        raise NotImplementedError
+        raise NotImplementedError
+
+
+def carry_out(work: Work, plan: Plan, on_progress: OnProgress | None = None) -> CodecTally:
+    """Do the jobs of a plan.
+
+    A file that fails is recorded. Interrupted at any moment, every output is whole or not there.
     Raises: SdvaeError where the disk is full.
     """
+    options = work.options
     tally = CodecTally(on_progress, total=len(plan.jobs))
 
     def on_done(member: Member, error: Exception | None) -> None:
         if error is not None:
             record(error, [member])
-        elif finish is None:
-            tally.succeed(member)
-        else:
+        elif work.by_output:
             tally.hold(member)
+        else:
+            tally.succeed(member)
 
     def record(error: Exception, members: Sequence[Member]) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise _disk_full(error, out, tally) from error
+            raise _disk_full(error, work.out, tally) from error
         for job in (member.job for member in members):
             reason = str(error).removeprefix(f"{job.output}: ")
             if isinstance(error, OSError):
                 reason = f"{job.output} cannot be written: {error.strerror or error}"
             tally.fail(job, SdvaeError(reason))
 
-    for jobs in [plan.jobs] if finish is None else _by_output(plan.jobs):
+    for jobs in _by_output(plan.jobs) if work.by_output else [plan.jobs]:
         computed = compute_batches(
             jobs,
-            read,
-            compute,
+            work.read,
+            work.compute,
             tally,
             workers=options.num_workers,
             batch_size=options.batch_size,
-            batch_pixels=batch_pixels,
-            if_out_of_memory=if_out_of_memory,
+            batch_pixels=work.vae.batch_pixels,
+            if_out_of_memory=work.if_out_of_memory,
         )
         with closing(computed), WriteBehind(options.num_workers, on_done) as writer:
             for members, results in computed:
                 for member, result in zip(members, results, strict=True):
-                    writer.submit(member, partial(write, member, result), pixels_of(member))
-        if finish is not None:
+                    writer.submit(member, partial(work.write, member, result), math.prod(member.size_px))
+        if work.by_output:
             held = tally.release()
             try:
-                finish(jobs[0].output)
+                work.finish(jobs[0].output)
             except (OSError, SdvaeError) as error:
                 record(error, held)
             else:
@@ -176,21 +192,6 @@ def _by_output(jobs: Sequence[Item]) -> list[Sequence[Item]]:
     for job in jobs:
         groups.setdefault(job.output, []).append(job)
     return list(groups.values())
-
-
-def prepare_folder(plan: Plan, out: Path) -> None:
-    """Make the output folder, where it is not there, and remove what killed runs left in it. Raises: ConfigError."""
-    _make_folder(out)
-    remove_leftovers({out} | {item.output.parent for item in plan.items})
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: this folder cannot be made: {error.strerror}") from error
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"{out}: this folder cannot be written to")
 
 
 def _disk_full(error: OSError, out: Path, tally: CodecTally) -> SdvaeError:

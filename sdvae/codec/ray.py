@@ -20,9 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.opened import VaeRef, open_vae
+from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import CodecTally
+from sdvae.codec.engine import CodecTally, carry_out
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.planning.plan import Item, Plan
@@ -53,13 +53,14 @@ class _Worker:
     """A process with a VAE, for Ray Data; it encodes one block after another."""
 
     def __init__(self, out: Path, options: EncodeOptions, vae: VaeRef, expected: VaeRecord) -> None:
-        self.encoder: ImageEncoder | None = None
+        self.out, self.options, self.expected = out, options, expected
+        self.vae: OpenedVae | None = None
         self.error: SdvaeError | None = None
         try:
-            loaded = open_vae(vae, **options.opening)
-            if loaded.digest != expected.digest:
+            vae = open_vae(vae, **options.opening)
+            if vae.digest != expected.digest:
                 raise ConfigError(f"{expected.name}: a worker finds another VAE there than this process does")
-            self.encoder = ImageEncoder(out, options, loaded, expected)
+            self.vae = vae
         except SdvaeError as error:  # told with the first block: Ray would try for ever to start a worker that raises
             self.error = error
 
@@ -67,14 +68,15 @@ class _Worker:
         return {"result": [pickle.dumps(self._encode(pickle.loads(block))) for block in batch["block"]]}
 
     def _encode(self, jobs: tuple[Item, ...]) -> _BlockResult | SdvaeError:
-        if self.encoder is None:
+        if self.vae is None:
             return self.error or SdvaeError("the worker has no VAE")
-        writer = CacheWriter(self.encoder.out, self.encoder.options.format, jobs)
+        writer = CacheWriter(self.out, self.options.format, jobs)
+        encoder = ImageEncoder(out=self.out, options=self.options, vae=self.vae, record=self.expected, writer=writer)
         try:
-            tally = self.encoder.encode(Plan(items=jobs), writer)
+            tally = carry_out(encoder, Plan(items=jobs))
         except SdvaeError as error:  # the disk is full: this ends the run
             return error
-        return _BlockResult(tally=tally, written=writer.written, device=str(self.encoder.vae.device))
+        return _BlockResult(tally=tally, written=writer.written, device=str(self.vae.device))
 
 
 def check_installed() -> None:

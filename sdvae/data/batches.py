@@ -8,6 +8,7 @@ threads from here.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
@@ -32,7 +33,6 @@ __all__ = [
     "compute_batches",
     "default_workers",
     "group_by_shape",
-    "pixels_of",
     "read_ahead",
 ]
 
@@ -96,11 +96,7 @@ class Tally:
 
     def tell(self) -> None:
         if self.on_progress is not None:
-            self.on_progress(self.num_finished, self.total)
-
-    @property
-    def num_finished(self) -> int:
-        return self.done + len(self.failures)
+            self.on_progress(self.done + len(self.failures), self.total)
 
 
 def compute_batches(
@@ -122,10 +118,16 @@ def compute_batches(
     import torch
 
     compute = torch.inference_mode()(compute)
-    loaded = read_ahead(jobs, read, pixels_of, workers)
+    loaded = read_ahead(jobs, read, lambda each: math.prod(each.size_px), workers)
     with closing(loaded):
         members = _readable(loaded, tally)
-        for batch in group_by_shape(members, lambda each: each.tensor.shape, pixels_of, batch_size, batch_pixels):
+        for batch in group_by_shape(
+            members,
+            shape=lambda each: each.tensor.shape,
+            pixels=lambda each: math.prod(each.size_px),
+            batch_size=batch_size,
+            batch_pixels=batch_pixels,
+        ):
             if len(batch) > 1 and not tally.singly:
                 try:
                     result = compute(batch)
@@ -154,11 +156,6 @@ def compute_batches(
                     tally.fail(member.job, error)
                 else:
                     yield [member], result
-
-
-def pixels_of(member: Member) -> int:
-    width, height = member.size_px
-    return width * height
 
 
 def _readable(loaded: Iterable[tuple[NamedJob, AnyMember | Exception]], tally: Tally) -> Iterator[AnyMember]:
