@@ -42,15 +42,29 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileBytes:
+    """The bytes of a file, read once."""
+
+    data: bytes
+    size_bytes: int  # with mtime_ns: a quick sign that the file is unchanged, before its bytes are read again
+    mtime_ns: int
+
+    @property
+    def digest(self) -> str:
+        """As `file_digest`."""
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+
 class Member(Protocol):
     """Where an image lies in a larger file, such as a tar. Can be pickled and hashed."""
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size in bytes and time in ns. Raises: OSError; ImageError, which begins with `name`."""
-        ...
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
         """Whether it seems unchanged since it had this stamp, without reading it. Raises: OSError."""
+        ...
+
+    def read(self, name: str) -> FileBytes:
+        """The image file's bytes, read once. Raises: ImageError, which begins with `name`."""
         ...
 
     def content(self, name: str) -> Path | bytes:
@@ -70,28 +84,22 @@ class ImageFile:
     path: Path  # where to open it; for lists and messages only where it is a member
     member: Member | None = None  # where it is part of a larger file
 
-    def stamp(self) -> tuple[int, int]:
-        """Size in bytes and time in ns: a quick sign that it is unchanged. Raises: OSError, ImageError."""
-        if self.member:
-            return self.member.stamp(str(self.path))
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
-        """Whether it seems unchanged since it had this stamp. Raises: OSError, ImageError."""
+        """Whether it seems unchanged since it was read and had this size and time. Raises: OSError, ImageError."""
         if self.member:
             return self.member.has_stamp(size_bytes, mtime_ns)
-        return self.stamp() == (size_bytes, mtime_ns)
+        status = self.path.stat()
+        return (status.st_size, status.st_mtime_ns) == (size_bytes, mtime_ns)
 
     def read(self) -> FileBytes:
         """Its bytes, with what tells them from others. Raises: ImageError."""
+        if self.member:
+            return self.member.read(str(self.path))
         try:
-            size_bytes, mtime_ns = self.stamp()  # before the bytes: a change while they are read shows in the next run
+            status = self.path.stat()  # before the bytes: a change while they are read shows in the next run
         except OSError as error:
             raise ImageError(f"{self.path}: {os_reason(error)}") from error
-        content = self.content()
-        data = read_regular(content) if isinstance(content, Path) else content
-        return FileBytes(data=data, size_bytes=size_bytes, mtime_ns=mtime_ns)
+        return FileBytes(data=read_regular(self.path), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
     def content(self) -> Path | bytes:
         """The file, or of a member its bytes. Raises: ImageError."""
@@ -103,20 +111,6 @@ class ImageFile:
         if isinstance(content, Path):
             return file_digest(content)
         return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FileBytes:
-    """The bytes of a file, read once."""
-
-    data: bytes
-    size_bytes: int  # with mtime_ns: a quick sign that the file is unchanged, before its bytes are read again
-    mtime_ns: int
-
-    @property
-    def digest(self) -> str:
-        """As `file_digest`."""
-        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
 
 
 def refuse_unless_file(path: Path) -> None:
