@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import image_options, json_option, run_options
+from sdvae.cli.options import dry_run_option, image_options, json_option, max_images_option, run_options
 from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
 from sdvae.errors import ConfigError
 
@@ -34,15 +34,10 @@ Examples:
     is_flag=True,
     help="With --write: latents_mean and latents_std as well, for SDXL text-to-image; SD pipelines ignore them.",
 )
-@click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Take N images, evenly spaced over the sorted names.",
-)
+@max_images_option
 @image_options
 @run_options
-@click.option("--dry-run", is_flag=True, help="Print what would be measured and written, and do nothing.")
+@dry_run_option("Print what would be measured and written, and do nothing.")
 @json_option
 @click.pass_context
 def calibrate_command(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.check import audit_options, choose_files, read_pixels
-from sdvae.cli.options import json_option
+from sdvae.cli.options import dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.data.sources.files import FileReason
@@ -43,8 +43,8 @@ Examples:
 @click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Of the stored weights.  [default: as in VAE]")
 @audit_options
 @click.option("--force", is_flag=True, help="Write a copy even where nothing is to fix.")
-@click.option("--overwrite", is_flag=True, help="Replace a VAE that is in DST.")
-@click.option("--dry-run", is_flag=True, help="Measure, and print what would be done, but write nothing.")
+@overwrite_option("Replace a VAE that is in DST.")
+@dry_run_option("Measure, and print what would be done, but write nothing.")
 @json_option
 @click.pass_context
 def fix_fp16_command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import click
 
 from sdvae.cli.options import announce_vae, image_options, run_options, tiling_options, vae_option, write_options
 from sdvae.cli.output import print_json, print_plan, print_reasons, print_table, progress, shown
-from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions
 from sdvae.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -195,10 +195,7 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
     failed = {failure.key for failure in encoded.failures}
     items = {item.key: item for item in encoding.plan.items if item.key not in failed}
     latents = [LatentSource(item.key, item.output) for item in items.values()]
-    common = {
-        name: getattr(encoding.options, name)
-        for name in ("batch_size", "workers", "tiling", "max_memory", "tile_size", "tile_overlap", "overwrite")
-    }
+    common = {field.name: getattr(encoding.options, field.name) for field in fields(RunOptions)}
     decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common), divided=False)
     with progress("decode") as on_progress:
         decoded = decoding.run(on_progress)

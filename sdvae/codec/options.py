@@ -27,6 +27,7 @@ __all__ = [
     "TILINGS",
     "DecodeOptions",
     "EncodeOptions",
+    "RunOptions",
     "parse_bytes",
 ]
 

@@ -60,8 +60,8 @@ class EncodeRun:
         self.processes, self.options = join_launched(options) if divided else (Processes(), options)
         self.out = Path(out)
         if isinstance(images, (str, Path)):
-            dataset = {name: getattr(self.options, name) for name in ("split", "subset", "image_column")}
-            images = find_inputs(images, **dataset)
+            which = {"split": options.split, "subset": options.subset, "image_column": options.image_column}
+            images = find_inputs(images, **which)
         self._on_ray = self.options.engine == "ray"
         if self._on_ray:
             _check_ray(vae)
