@@ -20,6 +20,7 @@ from PIL import Image
 from sdvae.codec.decoded_image import read_mark
 from sdvae.codec.image_encoder import load_image
 from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.planning.encode import preprocessing_of
 from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.data.images import JPEG_MARGIN, image_to_x, read_image, x_to_image
@@ -369,7 +370,7 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
     options = EncodeOptions(format="kohya-npz", size=size)
     run = EncodeRun(images, tmp_path / "out", vae_path, options)
     encoded_at = {
-        path.name: load_image(ImageFile(path.name, path), run.encoder.preprocessing).pixels.shape[:2]
+        path.name: load_image(ImageFile(path.name, path), preprocessing_of(options)).pixels.shape[:2]
         for path in images.iterdir()
     }
     expected = {name for name, (height, width) in encoded_at.items() if width % 8 or height % 8}
