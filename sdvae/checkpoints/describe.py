@@ -19,7 +19,7 @@ from sdvae.checkpoints import formats
 from sdvae.checkpoints.compat.facts import WeightFacts
 from sdvae.checkpoints.compat.loaders import loader_verdicts
 from sdvae.checkpoints.formats import CLASS_NAME, SCALE_FIELDS, Found, Kind
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 
 if TYPE_CHECKING:
     from sdvae.checkpoints.read import Checkpoint
@@ -167,7 +167,7 @@ def _weights_files(found: Found) -> list[Path]:
     names = sorted(set(formats.shard_names(found.weights).values()))
     files = [found.weights.with_name(name) for name in names]
     if lacking := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{found.weights}: names files that are not there: {formats.some(lacking, 3)}")
+        raise CheckpointError(f"{found.weights}: names files that are not there: {some(lacking, 3)}")
     return files
 
 

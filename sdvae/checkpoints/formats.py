@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 
 __all__ = [
     "CARD_NAME",
@@ -32,12 +32,12 @@ __all__ = [
     "VaeFiles",
     "find_vae_files",
     "identify",
+    "json_text",
     "layout_of",
     "list_names",
     "read_json",
     "read_shapes",
     "shard_names",
-    "some",
 ]
 
 CARD_NAME = "README.md"  # the model card, where the hub looks for it
@@ -261,6 +261,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def json_text(data: Mapping[str, Any]) -> str:
+    """The text of a config.json or an index of weights. Raises: ValueError for a value that JSON does not have."""
+    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights in a safetensors file, from its header alone.
 
@@ -328,9 +333,3 @@ def _family(names: Collection[str]) -> str | None:
         if all(any(key in name for name in names) for key in known.keys):
             return family
     return None
-
-
-def some(names: Collection[str], limit: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(list(names)[:limit]) or "nothing"
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

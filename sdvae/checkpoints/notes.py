@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.formats import CONFIG_NAME, read_json
+from sdvae.checkpoints.formats import CONFIG_NAME, json_text, read_json
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.files import write_atomic
+from sdvae.files import new_folder, write_atomic
 
 __all__ = [
     "ASSUMED_NOTE",
@@ -164,7 +164,7 @@ def update_config(folder: str | Path, fields: Mapping[str, Any], notes: Mapping[
     merged_notes |= {ASSUMED_NOTE: assumed} if assumed else {}
     config |= {**fields, NOTES_FIELD: merged_notes}
     metadata = header_metadata(config, merged_notes)
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json_text(config)
     carriers = _carriers(config_path.parent)
     try:
         if carriers:
@@ -188,8 +188,6 @@ def _carriers(folder: Path) -> dict[str, Mapping[str, Any]]:
 def _replace_folder(
     config_path: Path, text: str, carriers: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]
 ) -> None:
-    from sdvae.checkpoints.folders import new_folder
-
     folder = config_path.parent
     # Everything that is there comes along, whatever it is, so nothing can be lost by the replacement.
     with new_folder(folder, overwrite=True, is_ours=lambda existing: None) as fresh:

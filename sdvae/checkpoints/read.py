@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.fit import build, check_fields, config_fields, first_not_finite, misfit
-from sdvae.checkpoints.folders import aside
 from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, FAMILIES, Found, Kind, Layout
 from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.keys import current_attention_names, from_ldm, infer_fields, linear_attention, tidy
 from sdvae.checkpoints.notes import ASSUMED_NOTE, carries_config, from_metadata, notes_of
 from sdvae.checkpoints.tensor_files import Readers, open_tensors
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError
+from sdvae.files import aside
 
 __all__ = [
     "BUNDLED_NAME",

@@ -69,8 +69,8 @@ def fix_fp16_command(
     Powers of two make the residual stream smaller, and the norms cancel them: the function stays the same, which is
     measured on IMAGES (by default the bundled photographs) before anything is written. Nothing is trained.
     """
-    from sdvae.checkpoints.folders import check_replaceable, new_folder
     from sdvae.checkpoints.store import keep_card, why_no_vae_folder
+    from sdvae.files import check_replaceable, new_folder
 
     may_be_done = dst.is_dir() and not overwrite and why_no_vae_folder(dst) is None
     if not may_be_done:

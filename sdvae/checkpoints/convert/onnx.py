@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sdvae._version import __version__
 from sdvae.checkpoints import fit
-from sdvae.checkpoints.formats import CONFIG_NAME
+from sdvae.checkpoints.formats import CONFIG_NAME, json_text
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
@@ -328,7 +328,7 @@ def _write(model: onnx_ir.Model, folder: Path, fields: Mapping[str, Any], notes:
     config = {"_class_name": "AutoencoderKL", **fields} | ({NOTES_FIELD: dict(notes)} if notes else {})
     try:
         folder.mkdir()
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json_text(config), encoding="utf-8")
         external = WEIGHTS_NAME if size_bytes > _EXTERNAL_FROM_BYTES else None
         onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
         onnx.checker.check_model(folder / MODEL_NAME, full_check=True)

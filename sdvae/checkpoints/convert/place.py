@@ -13,13 +13,12 @@ from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.pipeline import Pipeline
 from sdvae.checkpoints.convert.verify import full_config, same_bits
 from sdvae.checkpoints.convert.work import Work, ldm_tensors
-from sdvae.checkpoints.folders import check_replaceable, new_folder
-from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHT_SUFFIXES, Kind, identify, read_json, some
+from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHT_SUFFIXES, Kind, identify, read_json
 from sdvae.checkpoints.notes import from_metadata, notes_of
 from sdvae.checkpoints.read import Checkpoint, read_checkpoint
 from sdvae.checkpoints.store import why_no_vae_folder
-from sdvae.checkpoints.write import new_file
-from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
+from sdvae.errors import CheckpointError, ConfigError, OutputExistsError, some
+from sdvae.files import check_replaceable, new_file, new_folder
 
 __all__ = ["Place"]
 

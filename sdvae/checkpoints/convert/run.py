@@ -29,12 +29,12 @@ from sdvae.checkpoints.convert.verify import (
     same_bits,
 )
 from sdvae.checkpoints.convert.work import Work, dtype_names, ldm_tensors, prepare
-from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME, read_shapes, some
+from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME, read_shapes
 from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.rewrite.fold_scale import FoldCheck
 from sdvae.checkpoints.store import keep_card
 from sdvae.checkpoints.write import planned_shards, write_diffusers_folder, write_ldm_file
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 from sdvae.model.network import Autoencoder
 
 __all__ = ["ConvertOptions", "ConvertReport", "convert", "write_diffusers_folder"]

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdvae.checkpoints import fit
-from sdvae.checkpoints.formats import some
 from sdvae.checkpoints.rewrite.fold_scale import checked_scale
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 from sdvae.model.network import Autoencoder
 
 __all__ = [
