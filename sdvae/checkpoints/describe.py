@@ -93,12 +93,12 @@ def _load(ref: str | Path, found: Found, metadata: Mapping[str, str]) -> dict[st
 
 
 def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    from sdvae.checkpoints.fit import build, config_fields
+    from sdvae.checkpoints.fit import config_fields
     from sdvae.checkpoints.read import read_checkpoint
     from sdvae.checkpoints.store import autoencoder_digest
 
     checkpoint = read_checkpoint(ref, local_files_only=True)
-    vae = build(checkpoint.fields, ref)
+    vae = checkpoint.network
     vae.load_state_dict(checkpoint.tensors, strict=True, assign=True)  # mapped files: read tensor by tensor below
     config = _plain(config_fields(vae.config))
     return {

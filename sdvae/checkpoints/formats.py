@@ -30,6 +30,7 @@ __all__ = [
     "Kind",
     "Layout",
     "VaeFiles",
+    "family_of",
     "find_vae_files",
     "identify",
     "json_text",
@@ -98,7 +99,6 @@ class Layout:
     kind: Kind
     evidence: str
     prefix: str = ""  # before the VAE's own keys
-    family: str | None = None  # a key of FAMILIES, where the file is a whole checkpoint of a known program
 
     @property
     def is_ldm(self) -> bool:
@@ -322,13 +322,14 @@ def layout_of(names: Collection[str], path: Path) -> Layout:
         whole = any(name.startswith(_DIFFUSION_MODEL) for name in names)
         kind = (Kind.LDM_CHECKPOINT if whole else Kind.LDM) if ldm else (Kind.PREFIXED if prefix else Kind.FILE)
         evidence = f"keys `{name}` and `{_DIFFUSION_MODEL}*`" if kind is Kind.LDM_CHECKPOINT else f"key `{name}`"
-        return Layout(kind=kind, evidence=evidence, prefix=prefix, family=_family(names))
+        return Layout(kind=kind, evidence=evidence, prefix=prefix)
     if match := next(filter(None, map(_TINY_KEY.fullmatch, names)), None):
         return Layout(kind=Kind.TINY, evidence=f"key `{match[0]}`")
     return Layout(kind=Kind.OTHER, evidence=f"{len(names)} keys: {some(sorted(names))}")
 
 
-def _family(names: Collection[str]) -> str | None:
+def family_of(names: Collection[str]) -> str | None:
+    """Whose whole checkpoint has weights of these names: a key of FAMILIES, or None."""
     for family, known in FAMILIES.items():
         if all(any(key in name for name in names) for key in known.keys):
             return family

@@ -17,7 +17,7 @@ import torch
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, misfit
+from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, load_weights, misfit
 from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, json_text
 from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
 from sdvae.checkpoints.tensor_files import save_tensors
@@ -111,17 +111,11 @@ def load_network(
     checkpoint = read_checkpoint(
         ref, subfolder=subfolder, config=config, revision=revision, local_files_only=local_files_only
     )
-    weights = checkpoint.found.weights
-    vae = build(checkpoint.fields, weights)
-    # Copied in any case: a weight that stays in the file's memory map is unaligned, and changes if the file does.
-    tensors = {
-        name: tensor.to(device=device, dtype=dtype or torch.float32, copy=True)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    if name := first_not_finite(tensors):  # they were finite in the file
-        raise CheckpointError(f"{weights}: `{name}` has values that are not finite after the cast to {dtype}")
-    vae.load_state_dict(tensors, strict=True, assign=True)
-    vae.eval()
+    vae = load_weights(checkpoint.network, checkpoint.tensors, dtype=dtype or torch.float32, device=device)
+    if name := first_not_finite(vae.state_dict()):  # they were finite in the file
+        raise CheckpointError(
+            f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
+        )
     return vae
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from sdvae.checkpoints import formats
 from sdvae.errors import CheckpointError, some
 
-__all__ = ["Readers", "open_tensors", "save_tensors"]
+__all__ = ["Readers", "differing", "open_tensors", "save_tensors"]
 
 # Name -> what reads that tensor. Of safetensors files and pickles made since 2020, reading is left to the moment when
 # the values are looked at.
@@ -99,3 +99,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         safetensors.torch.save_file(own, path, metadata=dict(metadata))
     except SafetensorError as error:  # such as a full disk
         raise OSError(str(error)) from error
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not equal in type and bits: -0.0 is not 0.0, and nan is itself."""
+    names = sorted(one.keys() ^ other.keys())
+    for name in (name for name in other if name in one):
+        pair = (one[name], other[name])
+        same_kind = pair[0].dtype == pair[1].dtype and pair[0].shape == pair[1].shape
+        bits = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in pair)
+        if not same_kind or not torch.equal(*bits):
+            names.append(name)
+    return names

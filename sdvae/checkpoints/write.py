@@ -1,6 +1,6 @@
-"""Weights and configuration into files: a diffusers folder, perhaps sharded, or one LDM file.
+"""Weights and configuration into a diffusers folder, perhaps sharded.
 
-Writes where it is told, into a folder of its caller's; `new_folder` and `new_file` of `files` replace what is there.
+Writes where it is told, into a folder of its caller's; `files.new_folder` replaces what is there.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints import fit
+from sdvae.checkpoints.fit import config_json
 from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME, json_text
-from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, header_metadata
 from sdvae.checkpoints.tensor_files import save_tensors
-from sdvae.errors import CheckpointError
+from sdvae.model.network import AutoencoderConfig
 
 if TYPE_CHECKING:
     from huggingface_hub import StateDictSplit
 
-__all__ = ["planned_shards", "write_diffusers_folder", "write_ldm_file"]
+__all__ = ["planned_shards", "write_diffusers_folder"]
 
 
 def write_diffusers_folder(
@@ -36,17 +35,13 @@ def write_diffusers_folder(
 ) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors into an existing folder, as diffusers names them.
 
-    tensors: under diffusers' names; each keeps its type. variant: as in diffusion_pytorch_model.<variant>.safetensors.
+    tensors: those of a VAE with these fields, under diffusers' names; each keeps its type.
+    variant: as in diffusion_pytorch_model.<variant>.safetensors.
     max_shard_size: such as "10GB"; larger weights are split into files of at most this size, with an index. Then
         config.json alone carries the notes, else the header of the weights does too.
-    Raises: CheckpointError for weights that do not fit the fields or are not finite; OSError.
+    Raises: ConfigError for impossible fields; OSError.
     """
-    vae = fit.build(fields, folder)
-    if misfit := fit.misfit(dict(tensors), fields, vae):
-        raise CheckpointError(f"the VAE is not written, for its weights do not fit its configuration: {misfit}")
-    if name := fit.first_not_finite(tensors):
-        raise CheckpointError(f"the VAE is not written: `{name}` has values that are not finite")
-    config = fit.config_json(vae.config) | ({NOTES_FIELD: dict(notes)} if notes else {})
+    config = config_json(AutoencoderConfig(**fields)) | ({NOTES_FIELD: dict(notes)} if notes else {})
     (folder / CONFIG_NAME).write_text(json_text(config), encoding="utf-8")
     _write_weights(folder, tensors, header_metadata(config, notes), variant, max_shard_size)
 
@@ -81,16 +76,3 @@ def planned_shards(tensors: Mapping[str, Tensor], name: str, max_shard_size: str
     sizes = {tensor: torch.empty_like(value, device="meta") for tensor, value in tensors.items()}
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
     return split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
-
-
-def write_ldm_file(
-    path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], notes: Mapping[str, Any], *, prefix: str = ""
-) -> None:
-    """Write one safetensors file with the names of the original program; configuration and notes are in its header.
-
-    tensors: under diffusers' names; each keeps its type. prefix: before each name, one of `keys.PREFIXES`.
-    Raises: CheckpointError for names that have no place there; OSError.
-    """
-    save_tensors(
-        {prefix + name: tensor for name, tensor in to_ldm(tensors).items()}, path, header_metadata(fields, notes)
-    )

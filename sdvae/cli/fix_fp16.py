@@ -131,12 +131,13 @@ def fix_fp16_command(
 
 def _holds(folder: Path, fix: Fix) -> bool:
     """Whether the folder is what this repair would write."""
-    from sdvae.checkpoints.convert.verify import full_config, same_bits
+    from sdvae.checkpoints.fit import full_config
     from sdvae.checkpoints.read import read_checkpoint
+    from sdvae.checkpoints.tensor_files import differing
 
     there = read_checkpoint(folder)
     is_same = there.notes == fix.notes and full_config(there.fields) == full_config(fix.fields)
-    return is_same and same_bits(there.tensors, fix.tensors)
+    return is_same and not differing(there.tensors, fix.tensors)
 
 
 def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_done: bool) -> None:

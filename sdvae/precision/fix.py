@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.convert.work import public_name
 from sdvae.checkpoints.fit import build, first_not_finite
 from sdvae.checkpoints.notes import ASSUMED_NOTE
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
-from sdvae.checkpoints.read import Checkpoint
+from sdvae.checkpoints.read import Checkpoint, public_name
 from sdvae.checkpoints.rewrite.fp16 import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.errors import CheckpointError, ConfigError
