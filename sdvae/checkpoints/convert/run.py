@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdvae.checkpoints.compat.facts import WeightFacts
+from sdvae.checkpoints.compat.facts import weight_facts
 from sdvae.checkpoints.compat.loaders import LoaderVerdict, loader_verdicts
 from sdvae.checkpoints.convert.options import LDM_SCALING_FACTOR, ConvertOptions
 from sdvae.checkpoints.convert.plan import Conversion, plan
@@ -147,11 +147,11 @@ def _loaders(conversion: Conversion, num_shards: int) -> tuple[LoaderVerdict, ..
     if options.to == "onnx":
         return ()
     is_ldm = options.to == "ldm"
-    facts = WeightFacts(
+    facts = weight_facts(
+        {name: tuple(tensor.shape) for name, tensor in conversion.stored.items()},
         path=str(conversion.place.target),
         is_folder=not is_ldm,
         suffix=".json" if num_shards > 1 else ".safetensors",
-        shapes={name: tuple(tensor.shape) for name, tensor in conversion.stored.items()},
         fields=conversion.fields,
         has_config=not is_ldm,
         variant=options.variant,
