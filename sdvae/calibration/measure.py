@@ -113,7 +113,6 @@ class _Tally:
             if isinstance(result, Exception):
                 self.fail(file, result)
             else:
-                # as `folder_digest` has it for a folder without failures
                 self.digest.update(f"{file.key}\0sha256:{result.digest}\n".encode(errors="surrogateescape"))
                 yield result
 
