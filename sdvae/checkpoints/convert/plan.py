@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,11 @@ class Conversion:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def result_vae(self) -> Autoencoder:
+        """The result in float32 as it is in memory, for formats whose files are not read back."""
+        return load_weights(build(self.fields, "the result"), self.tensors)
 
 
 def plan(src: str | Path | None, target: Path, options: ConvertOptions) -> Conversion:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sdvae.checkpoints.convert.plan import Conversion
-from sdvae.checkpoints.fit import build, full_config, load_weights
+from sdvae.checkpoints.fit import full_config, load_weights
 from sdvae.checkpoints.formats import read_shapes
 from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.rewrite.fold_scale import checked_scale
@@ -244,17 +244,17 @@ def verify(conversion: Conversion, path: Path) -> Verification:
     place = conversion.place
     tensors = conversion.tensors
     if place.options.to == "onnx":
-        network = build(conversion.fields, where)
+        vae = conversion.result_vae
     else:
         result = read_checkpoint(place.weights_path(path))
         check_tensors(result.tensors, tensors, where)
         check_fields(result.fields, conversion.fields, where)
-        tensors, network = result.tensors, result.network
+        tensors, vae = result.tensors, load_weights(result.network, result.tensors)
     if place.options.to == "ldm":
         check_ldm_names(path, place.options.prefix, conversion.fields, where)
     identical = not differing(tensors, conversion.source.tensors)
     dtypes = {tensor.dtype for tensor in tensors.values()}
-    comparisons = compare(conversion.source_vae, load_weights(network, tensors), dtypes)
+    comparisons = compare(conversion.source_vae, vae, dtypes)
     if failed := [comparison for comparison in comparisons if not comparison.passed]:
         said = "; ".join(f"{c.name} by {c.max_abs_error:.3g}, allowed {c.tolerance:.3g}" for c in failed)
         raise CheckpointError(f"the result is not kept, for it does not compute what the source does: {said}")

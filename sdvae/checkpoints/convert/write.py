@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from sdvae.checkpoints.convert.plan import Conversion, Place
-from sdvae.checkpoints.fit import build, load_weights
 from sdvae.checkpoints.notes import header_metadata
 from sdvae.checkpoints.store import keep_card
 from sdvae.checkpoints.tensor_files import save_tensors
@@ -33,9 +32,8 @@ def write(conversion: Conversion, fresh: Path) -> Mapping[str, Any] | None:
     if options.to == "onnx":
         from sdvae.checkpoints.convert.onnx import export_onnx
 
-        vae = load_weights(build(conversion.fields, "the result"), conversion.tensors)
         dtype = getattr(torch, options.dtype or "float32")
-        return export_onnx(vae, fresh, dtype=dtype, notes=conversion.notes).to_json()
+        return export_onnx(conversion.result_vae, fresh, dtype=dtype, notes=conversion.notes).to_json()
     if options.to == "ldm":
         save_tensors(conversion.stored, fresh, header_metadata(conversion.fields, conversion.notes))
         return None
