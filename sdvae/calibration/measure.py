@@ -188,7 +188,7 @@ def _measure(
                 moments.update(*_mean_and_var(encoding, finite))
             tally.done += int(finite.sum())
             tally.tell()
-    whole = hashlib.sha256()  # as `folder_digest` has it for a folder without failures
+    whole = hashlib.sha256()
     for key in (file.key for file in files if file.key in digests):
         whole.update(f"{key}\0{digests[key]}\n".encode(errors="surrogateescape"))
     return moments, has_posterior, f"sha256:{whole.hexdigest()}"

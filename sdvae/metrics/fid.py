@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
@@ -78,34 +78,17 @@ class FeatureMoments:
             raise ValueError(f"expected features (B, {known or 'D'}), got {tuple(rows.shape)}")
         if not rows.isfinite().all():
             raise ValueError("features are not finite")
-        batch_mean = rows.mean(dim=0)
-        shift = self._shift_mean(batch_mean, len(rows))
-        rows = torch.cat([rows - batch_mean, shift[None]])
-        self._scatter.addmm_(rows.T, rows)  # in place: another matrix of 2048 x 2048 costs more than the product
-
-    def merge(self, other: FeatureMoments) -> None:
-        """Take in the images of `other`, which are not among these.
-
-        Raises: ValueError for another number of features.
-        """
-        if other.count == 0:
-            return
-        if self.count and len(other._mean) != len(self._mean):
-            raise ValueError(f"expected moments of {len(self._mean)} features, got {len(other._mean)}")
-        shift = self._shift_mean(other._mean, other.count)
-        self._scatter.add_(other._scatter).addr_(shift, shift)
-
-    def _shift_mean(self, mean: Tensor, count: int) -> Tensor:
-        """Add images of that mean to the mean and the count; returns the vector whose outer product they add."""
         if self.count == 0:
-            self._mean = torch.zeros_like(mean)
-            self._scatter = mean.new_zeros(len(mean), len(mean))
+            self._mean = torch.zeros_like(rows[0])
+            self._scatter = rows.new_zeros(len(rows[0]), len(rows[0]))
+        count, batch_mean = len(rows), rows.mean(dim=0)
         total = self.count + count
-        difference = mean - self._mean
-        shift: Tensor = difference * (self.count * count / total) ** 0.5
+        difference = batch_mean - self._mean
+        shift = difference * (self.count * count / total) ** 0.5
+        rows = torch.cat([rows - batch_mean, shift[None]])
         self._mean += difference * (count / total)
+        self._scatter.addmm_(rows.T, rows)  # in place: another matrix of 2048 x 2048 costs more than the product
         self.count = total
-        return shift
 
     @property
     def mean(self) -> _Array:
@@ -121,22 +104,6 @@ class FeatureMoments:
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images; got {self.count}")
         return (self._scatter / (self.count - 1)).numpy()
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Copies; `from_state` makes equal moments of them."""
-        return {
-            "count": np.array(self.count, dtype=np.int64),
-            "mean": self._mean.numpy().copy(),
-            "scatter": self._scatter.numpy().copy(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[Any]]) -> Self:
-        moments = cls()
-        moments.count = int(state["count"])
-        moments._mean = torch.from_numpy(np.array(state["mean"], dtype=np.float64))
-        moments._scatter = torch.from_numpy(np.array(state["scatter"], dtype=np.float64))
-        return moments
 
 
 class Moments(Protocol):

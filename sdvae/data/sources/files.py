@@ -26,7 +26,6 @@ __all__ = [
     "choose_images",
     "file_digest",
     "find_images",
-    "folder_digest",
     "os_reason",
     "read_regular",
     "reason_without_path",
@@ -185,14 +184,6 @@ def file_digest(path: str | Path) -> str:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
         raise ImageError(f"{path}: {os_reason(error)}") from error
-
-
-def folder_digest(spec: str | Path) -> str:
-    """Digest of all images that `spec` names (see find_images): of their keys and bytes, in the order of the keys."""
-    whole = hashlib.sha256()
-    for image in find_images(spec):
-        whole.update(f"{image.key}\0{file_digest(image.path)}\n".encode(errors="surrogateescape"))
-    return f"sha256:{whole.hexdigest()}"
 
 
 def os_reason(error: OSError) -> str:
