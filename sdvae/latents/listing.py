@@ -2,12 +2,14 @@
 
 A run of the whole folder, part 1 of 1, has OUT/manifest.jsonl. Each part has a manifest of its own and never changes
 another's; while parts are at work there is no OUT/manifest.jsonl, since none of them could keep it true. When all have
-come to their end, it is put together from theirs.
+come to their end, it is put together from theirs. Until then manifest.withdrawn.jsonl keeps its lines: no reader takes
+them for true, but files that still have the size and the time of their line need not be read again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +31,6 @@ from sdvae.latents.registry import FORMATS, part_of_shard
 
 __all__ = ["CacheListing", "MergeReport", "merge_finished_parts", "merge_parts"]
 
-# What version 0.1 renamed OUT/manifest.jsonl to while parts were at work; deleted where it is met.
 _WITHDRAWN_NAME = "manifest.withdrawn.jsonl"
 
 
@@ -51,13 +52,14 @@ class CacheListing:
         self._outputs = frozenset(outputs)
         lost = {self._relative(path) for path in replaced}
         manifests = find_part_manifests(self.out)
-        own = self.out / manifest_name(self.part)
+        own, withdrawn = self.out / manifest_name(self.part), self.out / _WITHDRAWN_NAME
         # From here on the lines of runs that were divided otherwise are this run's; those of parts beside it are not.
         others = [path for part, path in manifests.items() if part.count != self.part.count]
         files: list[Path] = []
         if lost or others:
             files = self._own_files() if self.part != WHOLE else FORMATS[self.format].find_files(self.out)
-        self._known = read_lines([own] if own.is_file() and not others else [self.out / MANIFEST_NAME, *others, own])
+        known = [own] if own.is_file() and not others else [withdrawn, *others, own, self.out / MANIFEST_NAME]
+        self._known = read_lines(dict.fromkeys(known))
         self._known.format = self.format
         if lost or others:
             kept = {self._relative(path) for path in files} - lost
@@ -67,8 +69,8 @@ class CacheListing:
             kept_lines.write(self.out)
         if lost and self.part != WHOLE:
             # after the line above, which tells whoever joins the parts now that it is too early
-            (self.out / MANIFEST_NAME).unlink(missing_ok=True)
-        for path in (*others, self.out / _WITHDRAWN_NAME):
+            _withdraw(self.out)
+        for path in (*others, withdrawn) if self.part == WHOLE else others:
             path.unlink(missing_ok=True)
 
     def close(self, written: Manifest, *, complete: bool, num_failed: int) -> Path:
@@ -108,6 +110,12 @@ class CacheListing:
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
+
+
+def _withdraw(out: Path) -> None:
+    """Take OUT/manifest.jsonl away, if it is there. Raises: OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(out / MANIFEST_NAME, out / _WITHDRAWN_NAME)
 
 
 def list_files(out: Path, paths: Sequence[Path], known: Manifest) -> Manifest:
@@ -180,16 +188,18 @@ def merge_parts(path: str | Path) -> MergeReport:
     joined, warnings = Manifest(format=formats[0]), []
     merged = None
     if not missing:
-        joined = read_lines(manifests.values())
+        joined = read_lines([out / _WITHDRAWN_NAME, *manifests.values()])
         joined.format = formats[0]
         joined = list_files(out, FORMATS[formats[0]].find_files(out), joined)
         merged = joined.write(out)
         states, missing = _states(out, counts[0])
         if missing:  # a part began to write again meanwhile, perhaps before the manifest was there
-            merged.unlink(missing_ok=True)
+            _withdraw(out)
             joined, merged = Manifest(format=formats[0]), None
-        elif len(joined.settings) > 1 and FORMATS[joined.format].is_sharded:
-            warnings.append("the parts have shards of different settings or VAEs: encode all with the same ones")
+        else:
+            (out / _WITHDRAWN_NAME).unlink(missing_ok=True)
+            if len(joined.settings) > 1 and FORMATS[joined.format].is_sharded:
+                warnings.append("the parts have shards of different settings or VAEs: encode all with the same ones")
     return MergeReport(
         out=str(out),
         format=formats[0],

@@ -101,9 +101,7 @@ class CacheSettings:
     @property
     def digest(self) -> str:
         """sha256:<hex> of all but the VAE's name: a path and a hub id may mean the same."""
-        data = asdict(self)
-        del data["vae"]["name"]
-        return f"sha256:{sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}"
+        return _settings_digest(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ class Manifest:
 
     def add(self, out: Path, path: Path, data: bytes, items: Sequence[tuple[LatentHeader, tuple[int, ...]]]) -> None:
         """List a file that holds `data`. items: of each latent its header and the shape of its tensors."""
-        settings = {each.digest: each for each in (CacheSettings.of(header) for header, _ in items)}
+        settings = {each.digest: each for each in {CacheSettings.of(header): None for header, _ in items}}
         relative = path.relative_to(out).as_posix()
         for digest, each in settings.items():
             self.settings.setdefault(digest, each)
@@ -307,14 +305,22 @@ def _parse_header(line: str, path: Path) -> Mapping[str, Any]:
 
 
 def _settings(header: Mapping[str, Any]) -> tuple[dict[str, CacheSettings], dict[Any, str]]:
-    """Settings by digest, and the digest for what lines call them: their digest, or in old manifests their number."""
+    """Settings by digest, and the digest for what lines call them: in old manifests that is a number.
+
+    Records may gain fields, and with them other digests; then settings have another name here than in the file.
+    """
     said = header["settings"]
     named = dict(enumerate(said)) if header["schema"] == _SCHEMA_1 else dict(said)
     found = {name: from_json_strict(CacheSettings, data) for name, data in named.items()}
-    names = {name: settings.digest for name, settings in found.items()}
-    if header["schema"] == SCHEMA and (wrong := [name for name, digest in names.items() if name != digest]):
+    if header["schema"] == SCHEMA and (wrong := [name for name in named if name != _settings_digest(named[name])]):
         raise ValueError(f"the settings {wrong[0]!r:.24} are not those of this digest")
+    names = {name: settings.digest for name, settings in found.items()}
     return {settings.digest: settings for settings in found.values()}, names
+
+
+def _settings_digest(data: Mapping[str, Any]) -> str:
+    nameless = {**data, "vae": {name: value for name, value in data["vae"].items() if name != "name"}}
+    return f"sha256:{sha256(json.dumps(nameless, sort_keys=True).encode()).hexdigest()}"
 
 
 def _state(header: Mapping[str, Any]) -> PartState:

@@ -14,6 +14,7 @@ import pytest
 
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
+from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError, LatentFileError
 from sdvae.latents.formats import CACHE_FORMATS, SHARDED_FORMATS
 from sdvae.latents.manifest import Manifest, read_manifest, read_state
@@ -165,6 +166,26 @@ def test_a_manifest_of_before_the_statistics_of_the_vae_is_read_and_brought_up_t
         encode_folder(images, out, vae=vae, options=EncodeOptions(overwrite=True))
         check(out, "safetensors", 1)
         assert read_manifest(out).common("vae").latents_mean == mean
+
+
+def test_a_manifest_of_a_version_whose_settings_had_other_fields_is_read(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path
+) -> None:
+    """Its digests are over the fields of then; the settings still are those of the latents."""
+    out = tmp_path / "out"
+    encode_folder(make_images(tmp_path / "images", {"a.png": (16, 16)}), out, vae=vae_path)
+    expected = read_manifest(out)
+    header, line = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+    (settings,) = header["settings"].values()
+    for change in (lambda: settings["vae"].pop("tile_overlap"), lambda: settings.update(of_later="a field")):
+        change()
+        nameless = settings | {"vae": {name: value for name, value in settings["vae"].items() if name != "name"}}
+        digest = f"sha256:{sha256(json.dumps(nameless, sort_keys=True).encode()).hexdigest()}"
+        written = [header | {"settings": {digest: settings}}, line | {"settings": [digest]}]
+        (out / "manifest.jsonl").write_text("".join(json.dumps(each) + "\n" for each in written))
+        assert digest not in expected.settings
+        assert (read_manifest(out).settings, read_manifest(out).files) == (expected.settings, expected.files)
+        assert verify_cache(out).problems == ()
 
 
 def test_until_a_run_is_done_what_it_replaces_is_not_listed(

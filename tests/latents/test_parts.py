@@ -281,6 +281,33 @@ def test_merging_reads_only_files_that_no_part_lists(
 
 
 @each_format
+@pytest.mark.parametrize("others", [False, True])
+def test_parts_and_their_merge_read_no_file_again_that_an_earlier_run_listed(
+    tmp_path: Path,
+    make_images: MakeImages,
+    vae_path: Path,
+    format: str,
+    others: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second part finds no manifest.jsonl any more, and no part lists the shards of a run of the whole."""
+    images, out = make_images(tmp_path / "images", numbered(6)), tmp_path / "out"
+    options = {**options_for(format)}
+    if others:
+        in_parts(images, out, 3, vae=vae_path, **options)
+    else:
+        encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    make_images(images, {f"new{i}.png": (16, 16) for i in range(6)})
+    monkeypatch.setattr(CacheFormat, "read_items", lambda *_: pytest.fail("a file is read"))
+    reports = in_parts(images, out, 2, vae=vae_path, **options)
+    assert all(report.done for report in reports) and sum(report.done for report in reports) == 6
+    assert read_manifest(out).num_items == 12
+    assert {path.name for path in out.glob("manifest*")} == {
+        MANIFEST_NAME, manifest_name(Part(1, 2)), manifest_name(Part(2, 2))
+    }  # fmt: skip
+
+
+@each_format
 def test_a_run_of_the_whole_takes_over_what_parts_have_begun(
     tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
 ) -> None:
