@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
 from sdvae.evaluation.stress.seams import seam_score
-from sdvae.model import autoencoder
+from sdvae.model import network as network_module
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import compile_settings
 from sdvae.model.optimize import optimize
@@ -166,7 +166,7 @@ def test_a_blended_tile_is_one_pass_of_its_own(vae: AutoencoderKL, monkeypatch: 
         modes.append(mode)
         return execute(network, x, fast=fast, mode=mode, max_bytes=max_bytes)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(autoencoder, "execute", noted)
+    monkeypatch.setattr(network_module, "execute", noted)
     for mode, expected in (("blended", "off"), ("exact", "exact"), ("auto", "auto")):
         modes.clear()
         vae.enable_tiling(mode)
