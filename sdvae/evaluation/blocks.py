@@ -1,7 +1,7 @@
 """What was measured on one block of images, and the folder where blocks wait until all of them are there.
 
 Each process writes its blocks as whole files and forgets them, so memory does not grow with the set and a killed run
-loses one block. The reader goes through them in their order, whoever wrote them.
+loses one block. They are read once, in their order, whoever wrote them, and become one `Measured`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.errors import ConfigError
+from sdvae.evaluation.set_metrics import SetFeatures
+from sdvae.evaluation.swap import SwapTest
 from sdvae.files import remove_leftovers, write_atomic
+from sdvae.metrics.latent_health import LatentHealth
 
-__all__ = ["ORIGINALS", "Block", "BlockStore"]
+__all__ = ["Block", "BlockStore", "Measured"]
 
-ORIGINALS = "originals"  # the owner of the original images' features; no VAE has this id
 _JSON_FIELDS = ("images", "unreadable", "values", "pixels", "seconds", "nonfinite")
 _ARRAY_FIELDS = ("features", "latents", "swaps")
 
@@ -42,6 +43,40 @@ class Block:
     features: dict[str, Arrays] = field(default_factory=dict)  # VAE or ORIGINALS -> "rows": (n, D) float32
     latents: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its LatentHealth
     swaps: dict[str, Arrays] = field(default_factory=dict)  # VAE -> state of its SwapTest
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """All blocks together. Of an image it keeps one row of numbers; memory does not grow by anything else."""
+
+    values: dict[str, dict[str, list[float | None]]]  # VAE -> metric -> one per image
+    latents: dict[str, LatentHealth]
+    swaps: dict[str, SwapTest]  # candidate -> its test against the reference
+    features: dict[str, SetFeatures]  # VAE or ORIGINALS
+    images: list[dict[str, Any]] = field(default_factory=list)  # as in a block
+    unreadable: list[dict[str, Any]] = field(default_factory=list)
+    pixels: int = 0
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    nonfinite: dict[str, int] = field(default_factory=dict)
+
+    def add(self, block: Block) -> None:
+        """Take in the next block."""
+        self.images += block.images
+        self.unreadable += block.unreadable
+        self.pixels += block.pixels
+        for id_, columns in self.values.items():
+            for name, column in columns.items():
+                column += block.values[id_][name]
+            self.nonfinite[id_] = self.nonfinite.get(id_, 0) + block.nonfinite[id_]
+            seconds = self.seconds.setdefault(id_, {})
+            for step, taken in block.seconds[id_].items():
+                seconds[step] = seconds.get(step, 0.0) + taken
+        for id_, state in block.latents.items():
+            self.latents[id_].merge(state)
+        for id_, state in block.swaps.items():
+            self.swaps[id_].merge(state)
+        for owner, arrays in block.features.items():
+            self.features[owner].add(arrays["rows"])
 
 
 class BlockStore:
@@ -110,10 +145,11 @@ class BlockStore:
                 getattr(block, name).setdefault(owner, {})[key] = file[path]
         return block
 
-    def load_all(self, num_blocks: int) -> Iterator[Block]:
-        """One after the other, in their order."""
+    def load_into(self, measured: Measured, num_blocks: int) -> Measured:
+        """All blocks in their order; one of them is in memory at a time."""
         for number in range(num_blocks):
-            yield self.load(number)
+            measured.add(self.load(number))
+        return measured
 
     def _path(self, number: int) -> Path:
         return self.folder / f"block-{number:06d}.npz"

@@ -20,8 +20,9 @@ from torch import Tensor
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.data.images import round_to_8_bits
 from sdvae.data.prefetch import group_by_shape
-from sdvae.evaluation.blocks import ORIGINALS, Block
+from sdvae.evaluation.blocks import Block
 from sdvae.evaluation.images import Prepared
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import CORE_METRICS, Protocol
 from sdvae.evaluation.swap import SwapTest
 from sdvae.metrics.latent_health import LatentHealth

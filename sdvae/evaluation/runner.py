@@ -89,7 +89,11 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
         processes.wait()
         if not processes.is_main:
             return None
-        result = finished or conclude(setup, store, lambda indices: _read(setup, indices), started)
+        if finished is None:
+            measured = store.load_into(setup.measured(store.folder), len(blocks_of(len(plan.files))))
+            result = conclude(setup, measured, lambda indices: _read(setup, indices), started)
+        else:
+            result = finished
     result = replace(
         result,
         gates=check_gates(plan.gates, result),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.evaluation.blocks import Measured
 from sdvae.evaluation.images import stand_digest
 from sdvae.evaluation.networks import Networks, build_networks
-from sdvae.evaluation.plan import EvaluationPlan
+from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
+from sdvae.evaluation.set_metrics import SetFeatures
 from sdvae.evaluation.swap import SwapTest, swap_obstacle
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
+from sdvae.metrics.latent_health import LatentHealth
 from sdvae.model.device import choose_device
 from sdvae.processes import Processes, join_processes
 
@@ -46,6 +50,20 @@ class Setup:
         theirs = self.subjects[reference.id]
         pairs = {id_: (self.subjects[id_], theirs) for id_ in self.candidates}
         return {id_: SwapTest(*pair) for id_, pair in pairs.items() if swap_obstacle(*pair) is None}
+
+    def measured(self, folder: Path) -> Measured:
+        """What has been measured at first: nothing. folder: for files of what does not go into memory."""
+        owners = (ORIGINALS, *self.subjects)
+        keep_rows = "kid" in self.networks.set_metrics
+        return Measured(
+            values={id_: {name: [] for name in self.networks.metrics} for id_ in self.subjects},
+            latents={id_: LatentHealth(subject.latent_channels) for id_, subject in self.subjects.items()},
+            swaps=self.swap_tests(),
+            features={
+                owner: SetFeatures(len(self.plan.files), folder / f"features-{owner}.npy" if keep_rows else None)
+                for owner in owners
+            },
+        )
 
     @property
     def swap_images(self) -> frozenset[int]:

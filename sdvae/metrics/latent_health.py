@@ -150,13 +150,6 @@ class LatentHealth:
             "bits_per_pixel": np.zeros(()),
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[Any]]) -> LatentHealth:
-        """The inverse of `state`."""
-        health = cls(len(state["mean"]))
-        health._state = {name: np.asarray(state[name], dtype=np.float64) for name in health._state}
-        return health
-
     def state(self) -> State:
         """All that was measured, as arrays whose size does not depend on the number of images."""
         return dict(self._state)
@@ -177,11 +170,11 @@ class LatentHealth:
         batch._state |= _moments(z) | _pairs(z) | _spectrum(z) | {"num_images": np.asarray(float(len(z)))}
         if encoding.posterior is not None:
             batch._state |= _posterior(z, _float64(encoding.posterior.logvar[finite]), num_px)
-        self.merge(batch)
+        self.merge(batch._state)
 
-    def merge(self, other: LatentHealth) -> None:
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take in what another one measured. The order of merging changes no more than the last digits."""
-        a, b = self._state, other._state
+        a, b = self._state, state
         merged = {name: a[name] + b[name] for name in a}  # right for all plain sums
         self._state = merged | _merged_moments(a, b) | _merged_pairs(a, b)
 
@@ -290,7 +283,7 @@ def _moments(z: Array) -> State:
     }
 
 
-def _merged_moments(a: State, b: State) -> State:
+def _merged_moments(a: State, b: Mapping[str, NDArray[Any]]) -> State:
     count = a["count"] + b["count"]
     if not count:
         return {}
@@ -329,7 +322,7 @@ def _pairs(z: Array) -> State:
     }
 
 
-def _merged_pairs(a: State, b: State) -> State:
+def _merged_pairs(a: State, b: Mapping[str, NDArray[Any]]) -> State:
     names = ("pairs_count", "pairs_mean", "pairs_products")
     total = PairMoments(*(a[name] for name in names)) + PairMoments(*(b[name] for name in names))
     return {"pairs_count": total.count, "pairs_mean": total.mean, "pairs_products": total.products}

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import round_to_8_bits
-from sdvae.evaluation.blocks import ORIGINALS, Block
+from sdvae.evaluation.blocks import Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.measure import Measurement
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import PRESETS
 from sdvae.evaluation.swap import SwapTest
 from sdvae.features.lpips import LPIPS

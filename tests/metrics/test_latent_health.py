@@ -116,7 +116,7 @@ def test_neither_batches_nor_the_order_of_merging_matter(order: tuple[int, ...])
     parts = split([with_posterior(each) for each in z], (1, 3, 2))
     merged = LatentHealth(3)
     for index in order:  # an empty one is merged too
-        merged.merge(LatentHealth.from_state({name: np.array(a) for name, a in parts[index].state().items()}))
+        merged.merge({name: np.array(a) for name, a in parts[index].state().items()})
     assert flat(merged.health(0.5, 1.0)) == pytest.approx(flat(at_once), rel=1e-8, abs=1e-9, nan_ok=True)
     assert merged.health(0.5, 1.0)["notes"] == at_once["notes"] != []
 
