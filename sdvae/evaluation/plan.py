@@ -17,7 +17,6 @@ from sdvae.evaluation.protocol import FID_MIN_IMAGES, SET_METRICS, Protocol
 
 __all__ = ["ORIGINALS", "Entrant", "EvaluationPlan", "plan_evaluation"]
 
-RESULT_NAME, REPORT_NAME, TABLE_STEM = "result.json", "report.html", "per_image"
 ORIGINALS = "originals"  # the owner of the original images' features; no VAE has this id
 _BUNDLED = "sdvae-mini"
 

@@ -6,7 +6,6 @@ disk, so no number depends on who measured what, or when.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
@@ -23,15 +22,14 @@ from sdvae.evaluation.gates import check_gates
 from sdvae.evaluation.images import BLOCK_IMAGES, Prepared, blocks_of, prepare
 from sdvae.evaluation.measure import Measurement
 from sdvae.evaluation.options import EvaluateOptions
-from sdvae.evaluation.plan import REPORT_NAME, RESULT_NAME, TABLE_STEM, EvaluationPlan, plan_evaluation
+from sdvae.evaluation.plan import EvaluationPlan, plan_evaluation
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.published import published_rows
 from sdvae.evaluation.setup import Setup, set_up
-from sdvae.files import remove_leftovers, write_atomic
+from sdvae.files import remove_leftovers
 from sdvae.model.device import exact_float32
-from sdvae.report.html import render_report
 from sdvae.report.result import EvaluationResult, load_result
-from sdvae.report.tables import csv_bytes, parquet_bytes
+from sdvae.report.write import RESULT_NAME, write_result
 
 __all__ = ["evaluate", "run_evaluation"]
 
@@ -99,7 +97,7 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
         gates=check_gates(plan.gates, result),
         published=published_rows(options.published) if options.published else [],
     )
-    _write(setup.plan, result)
+    write_result(result, plan.out)
     store.close(setup.inputs)
     return result
 
@@ -184,12 +182,3 @@ def _read(setup: Setup, indices: Sequence[int]) -> Generator[tuple[int, Prepared
             if isinstance(item, Exception) and not isinstance(item, SdvaeError):
                 raise item
             yield index, item
-
-
-def _write(plan: EvaluationPlan, result: EvaluationResult) -> None:
-    # first: it is what costs hours, and the same command makes the others of it
-    write_atomic((json.dumps(result.to_json(), allow_nan=False) + "\n").encode(), plan.out / RESULT_NAME)
-    write_atomic(csv_bytes(result), plan.out / f"{TABLE_STEM}.csv")
-    if (parquet := parquet_bytes(result)) is not None:
-        write_atomic(parquet, plan.out / f"{TABLE_STEM}.parquet")
-    write_atomic(render_report(result).encode("utf-8", "surrogateescape"), plan.out / REPORT_NAME)

@@ -35,6 +35,7 @@ from sdvae.evaluation.stress.run import run_stress
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
 from sdvae.processes import Processes
+from sdvae.report import write
 from sdvae.report.result import EvaluationResult, load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -210,7 +211,7 @@ def test_run_again_nothing_is_measured_but_gates_are_checked(
     monkeypatch.setattr(runner, "_measure", None)  # calling it would fail
     again = run(photos, tmp_path / "out", mine, gates=("psnr<99",))
     assert again.created == first.created
-    assert again.exit_code == 1 and "below 99" in again.failed_gates[0]["reason"]
+    assert again.exit_code == 1 and "below 99" in again.gates[0]["reason"]
     assert load_result(tmp_path / "out" / "result.json").gates == again.gates
 
 
@@ -656,7 +657,7 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
         raise OSError("disk full")
 
     with monkeypatch.context() as context:
-        context.setattr(runner, "render_report", fail)
+        context.setattr(write, "render_report", fail)
         with pytest.raises(OSError, match="disk full"):
             run(photos, tmp_path / "out", mine)
     first = load_result(tmp_path / "out" / "result.json")
