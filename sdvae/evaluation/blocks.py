@@ -24,6 +24,7 @@ from sdvae.metrics.latent_health import LatentHealth
 
 __all__ = ["Block", "BlockStore", "Measured"]
 
+_NAME = "measured-{:06d}.npz"  # another one when the arrays change, so that older files are not read as these
 _JSON_FIELDS = ("images", "unreadable", "values", "pixels", "seconds", "nonfinite")
 _ARRAY_FIELDS = ("features", "latents", "swaps")
 
@@ -152,7 +153,7 @@ class BlockStore:
         return measured
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"block-{number:06d}.npz"
+        return self.folder / _NAME.format(number)
 
 
 def _read_run(path: Path) -> dict[str, Any]:

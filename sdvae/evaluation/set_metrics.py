@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import Protocol
 from sdvae.files import write_atomic
-from sdvae.metrics.fid import FeatureMoments, FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
+from sdvae.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
+from sdvae.metrics.moments import Moments
 
 __all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "SetFeatures", "measure_sets", "write_statistics"]
 
@@ -58,33 +59,36 @@ SET_METRIC_ROWS: dict[str, dict[str, Any]] = {
 class SetFeatures:
     """The features of one owner over all images: their moments, and all of them where KID needs them."""
 
-    def __init__(self, most_images: int, file: Path | None = None) -> None:
-        """file: where all features are kept as one array, of which only what is used comes into memory; None: nowhere.
+    def __init__(self, width: int, most_images: int, file: Path | None = None) -> None:
+        """width: features of an image. most_images: so many are added, or fewer.
 
-        most_images: the rows of that array; those beyond the images that are added stay empty.
+        file: where all features are kept as one array, of which only what is used comes into memory; None: nowhere.
         """
-        self.moments = FeatureMoments()
-        self._most_images = most_images
-        self._file = file
+        self.moments = Moments.zeros(width)
         self._rows: NDArray[np.float32] | None = None
+        if file is not None:
+            self._rows = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(most_images, width))
+
+    @property
+    def count(self) -> int:
+        return int(self.moments.count)
 
     def add(self, rows: NDArray[np.float32]) -> None:
-        """rows: (B, D), in the order of the images."""
-        if self._file is not None:
-            if self._rows is None:
-                shape = self._most_images, rows.shape[1]
-                self._rows = np.lib.format.open_memmap(self._file, mode="w+", dtype=np.float32, shape=shape)
-            self._rows[self.moments.count : self.moments.count + len(rows)] = rows
-        self.moments.update(rows)
+        """rows: (B, D), in the order of the images. Raises: ValueError for values that are not finite."""
+        if not np.isfinite(rows).all():
+            raise ValueError("features are not finite")
+        if self._rows is not None:
+            self._rows[self.count : self.count + len(rows)] = rows
+        self.moments.update(rows.T.astype(np.float64))
 
     @property
     def rows(self) -> NDArray[np.float32]:
         """(N, D), of all images."""
-        assert self._rows is not None  # there are images, and a file for them
-        return self._rows[: self.moments.count]
+        assert self._rows is not None  # there is a file for them
+        return self._rows[: self.count]
 
 
-def write_statistics(path: Path, moments: FeatureMoments, identity: Mapping[str, Any]) -> None:
+def write_statistics(path: Path, moments: Moments, identity: Mapping[str, Any]) -> None:
     """A file that `--fid-stats` takes, whole or not at all. Raises: OSError."""
     write_atomic(statistics_bytes(moments, identity), path)
 
@@ -101,7 +105,7 @@ def measure_sets(
     results: dict[str, dict[str, dict[str, Any]]] = {id_: {} for id_ in features if id_ != ORIGINALS}
     for id_, found in results.items():
         recons = features[id_]
-        count = recons.moments.count
+        count = recons.count
         if "rfid" in names:
             value = frechet_distance(recons.moments, statistics or originals.moments)
             found["rfid"] = {"value": value, "std": None, "count": count}

@@ -17,6 +17,7 @@ from sdvae.evaluation.networks import Networks, build_networks
 from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.set_metrics import SetFeatures
 from sdvae.evaluation.swap import SwapTest, swap_obstacle
+from sdvae.features.inception import NUM_FEATURES
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
 from sdvae.metrics.latent_health import LatentHealth
 from sdvae.model.device import choose_device
@@ -53,14 +54,16 @@ class Setup:
 
     def measured(self, folder: Path) -> Measured:
         """What has been measured at first: nothing. folder: for files of what does not go into memory."""
-        owners = (ORIGINALS, *self.subjects)
+        owners = (ORIGINALS, *self.subjects) if self.networks.set_metrics else ()
         keep_rows = "kid" in self.networks.set_metrics
         return Measured(
             values={id_: {name: [] for name in self.networks.metrics} for id_ in self.subjects},
             latents={id_: LatentHealth(subject.latent_channels) for id_, subject in self.subjects.items()},
             swaps=self.swap_tests(),
             features={
-                owner: SetFeatures(len(self.plan.files), folder / f"features-{owner}.npy" if keep_rows else None)
+                owner: SetFeatures(
+                    NUM_FEATURES, len(self.plan.files), folder / f"features-{owner}.npy" if keep_rows else None
+                )
                 for owner in owners
             },
         )

@@ -88,7 +88,7 @@ def test_all_blocks_become_one_in_their_order(tmp_path: Path) -> None:
         values={"mine": {"psnr": []}},
         latents={"mine": LatentHealth(2)},
         swaps={},
-        features={"originals": SetFeatures(9, tmp_path / "rows.npy")},
+        features={"originals": SetFeatures(3, 9, tmp_path / "rows.npy")},
     )
     assert store.load_into(measured, 2) is measured
     assert measured.values == {"mine": {"psnr": [1.0, None, 2.0, None]}}

@@ -15,7 +15,8 @@ from sdvae.evaluation import set_metrics
 from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import PRESETS
 from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, SetFeatures, measure_sets, write_statistics
-from sdvae.metrics.fid import FeatureMoments, frechet_distance, kernel_distance, load_statistics
+from sdvae.metrics.fid import frechet_distance, kernel_distance, load_statistics
+from sdvae.metrics.moments import Moments
 
 WIDTH = 6
 PROTOCOL = replace(PRESETS["native"], metrics=("psnr", "rfid", "kid"), seed=3)
@@ -32,11 +33,11 @@ def features(count: int) -> Features:
 
 def fill(folder: Path | None, all_features: Features, *ends: int) -> dict[str, SetFeatures]:
     """The features in batches that end before these images. folder: for files of all of them; None: without."""
-    count, found = max(ends) + 3, {}
+    most, found = max(ends) + 3, {}
     if folder is not None:
         folder.mkdir(exist_ok=True)
     for owner, rows in all_features.items():
-        found[owner] = SetFeatures(count, folder and folder / f"features-{owner}.npy")
+        found[owner] = SetFeatures(WIDTH, most, folder and folder / f"features-{owner}.npy")
         for start, end in zip((0, *ends), ends, strict=False):
             if end > start:
                 found[owner].add(rows[start:end])
@@ -133,18 +134,26 @@ def test_statistics_that_were_written_stand_for_the_originals(tmp_path: Path) ->
     protocol = replace(PROTOCOL, metrics=("rfid",))
     found = measure_sets(filled, protocol, statistics)
     assert found == measure_sets(filled, protocol)
-    assert measure_sets(filled | {ORIGINALS: SetFeatures(30)}, protocol, statistics) == found
+    assert measure_sets(filled | {ORIGINALS: SetFeatures(WIDTH, 30)}, protocol, statistics) == found
 
 
 def test_moments_are_those_of_one_owner() -> None:
     all_features = features(25)
     filled = fill(None, all_features, 12, 25)
-    whole = FeatureMoments()
-    whole.update(all_features["theirs"])
+    whole = Moments.of(all_features["theirs"].T.astype(np.float64))
     found = filled["theirs"].moments
     assert found.count == 25
     assert np.allclose(found.mean, whole.mean, rtol=1e-12) and np.allclose(found.covariance, whole.covariance)
     assert frechet_distance(found, filled["mine"].moments) > 0.1
+
+
+def test_features_that_are_not_finite_are_an_error_and_change_nothing(tmp_path: Path) -> None:
+    filled = fill(tmp_path, features(20), 20)["mine"]
+    before = filled.rows.copy()
+    broken = np.full((1, WIDTH), np.nan, np.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        filled.add(broken)
+    assert filled.count == 20 and np.array_equal(filled.rows, before)
 
 
 def test_every_set_metric_of_a_protocol_has_a_row() -> None:
