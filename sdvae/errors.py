@@ -5,6 +5,8 @@ A message names the thing, says what was expected and what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -16,6 +18,7 @@ __all__ = [
     "SdvaeError",
     "TrainingError",
     "TrainingInterrupted",
+    "some",
 ]
 
 
@@ -65,3 +68,9 @@ class TrainingInterrupted(TrainingError):
     """Training was asked to stop, and has written a checkpoint."""
 
     exit_code = 130
+
+
+def some(names: Collection[str], limit: int = 6) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(list(names)[:limit]) or "nothing"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdvae.calibration.result import Calibration, Failure, Present
+from sdvae.calibration.result import Calibration, Present
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.data.batches import OnProgress, Tally, compute_batches, default_workers
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
-from sdvae.data.prefetch import default_workers, group_by_shape, read_ahead
-from sdvae.data.sources.files import ImageFile, choose_images, find_images, os_reason
+from sdvae.data.sources.files import ImageFile, choose_images, find_images
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError
 from sdvae.metrics.moments import LatentMoments
@@ -32,7 +32,6 @@ from sdvae.model.posterior import Encoding
 __all__ = ["CalibrateOptions", "calibrate"]
 
 Array = NDArray[np.float64]
-OnProgress = Callable[[int, int], None]  # images done or failed so far, images to do
 
 _CHOICES = {
     "crop": ("none", "center"),
@@ -83,39 +82,14 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    file: ImageFile
-    x: Tensor  # (3, H, W)
-    digest: str
+    job: ImageFile
+    tensor: Tensor  # x (3, H, W)
+    digest: str  # of the file
 
-
-@dataclass
-class _Tally:
-    """What happened so far."""
-
-    on_progress: OnProgress
-    total: int
-    done: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-    failures: list[Failure] = field(default_factory=list)
-
-    def succeed(self, count: int) -> None:
-        self.done += count
-        self.on_progress(self.done + len(self.failures), self.total)
-
-    def fail(self, file: ImageFile, error: Exception | str) -> None:
-        reason = os_reason(error) if isinstance(error, OSError) else str(error)
-        reason = reason.removeprefix(f"{file.path}: ")
-        self.failures.append(Failure(key=file.key, source=str(file.path), reason=reason))
-        self.on_progress(self.done + len(self.failures), self.total)
-
-    def readable(self, loaded: Iterable[tuple[ImageFile, _Loaded | Exception]]) -> Iterator[_Loaded]:
-        for file, result in loaded:
-            if isinstance(result, Exception):
-                self.fail(file, result)
-            else:
-                # as `folder_digest` has it for a folder without failures
-                self.digest.update(f"{file.key}\0sha256:{result.digest}\n".encode(errors="surrogateescape"))
-                yield result
+    @property
+    def size_px(self) -> tuple[int, int]:
+        height, width = self.tensor.shape[1:]
+        return width, height
 
 
 def calibrate(
@@ -138,8 +112,8 @@ def calibrate(
     files = choose_images(found, options.max_images)
     subject = open_any_vae(vae, choose_device(options.device), getattr(torch, options.dtype))
     started = time.perf_counter()
-    tally = _Tally(on_progress or (lambda finished, total: None), len(files))
-    moments, has_posterior, warnings = _measure(subject, files, options, tally)
+    tally = Tally(on_progress, len(files))
+    moments, has_posterior, digest = _measure(subject, files, options, tally)
     if not moments.num_images:
         first = f": {tally.failures[0].key}: {tally.failures[0].reason}" if tally.failures else ""
         raise ImageError(f"{images}: none of {len(files)} images could be used{first}")
@@ -154,7 +128,7 @@ def calibrate(
         num_images=moments.num_images,
         num_effective=moments.num_effective,
         num_positions=moments.num_positions,
-        images_digest=f"sha256:{tally.digest.hexdigest()}",
+        images_digest=digest,
         protocol=options.protocol(),
         device=str(subject.device),
         scaling_factor=moments.scaling_factor(),
@@ -162,7 +136,7 @@ def calibrate(
         scaling_factor_of_modes=moments.scaling_factor(of_modes=True) if has_posterior else None,
         channels=tuple(moments.channel(index) for index in range(moments.latent_channels)),
         present=_present(subject, moments),
-        warnings=tuple(warnings),
+        warnings=tuple(tally.warnings),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.key)),
         seconds=time.perf_counter() - started,
     )
@@ -178,77 +152,55 @@ def _present(subject: OpenedVae, moments: LatentMoments) -> Present:
 
 
 def _measure(
-    subject: OpenedVae, files: Sequence[ImageFile], options: CalibrateOptions, tally: _Tally
-) -> tuple[LatentMoments, bool, list[str]]:
-    """Returns: the moments, whether there were posteriors, and warnings about the run."""
+    subject: OpenedVae, files: Sequence[ImageFile], options: CalibrateOptions, tally: Tally
+) -> tuple[LatentMoments, bool, str]:
+    """Returns: the moments, whether there were posteriors, and the digest of the images that could be read."""
     moments = LatentMoments(subject.latent_channels)
     has_posterior = False
-    encode = _Encoder(subject)
-    loaded = read_ahead(files, lambda file: _read(file, options), _pixels, options.num_workers)
-    with closing(loaded), exact_float32(), torch.inference_mode():
-        for batch in group_by_shape(
-            tally.readable(loaded), lambda each: each.x.shape, _pixels, options.batch_size, batch_pixels(subject.device)
-        ):
-            for members, result in encode(batch):
-                if isinstance(result, Exception):
-                    tally.fail(members[0].file, result)
-                    continue
-                finite = _finite(result)
-                for member, is_finite in zip(members, finite.tolist(), strict=True):
-                    if not is_finite:
-                        tally.fail(member.file, f"its latents are not finite in {options.dtype}")
-                has_posterior = result.posterior is not None
-                if finite.any():
-                    moments.update(*_mean_and_var(result, finite))
-                tally.succeed(int(finite.sum()))
-    return moments, has_posterior, encode.warnings
+    digests: dict[str, str] = {}
+
+    def read(file: ImageFile) -> _Loaded:
+        loaded = _read(file, options)
+        digests[file.key] = loaded.digest
+        return loaded
+
+    def encode(batch: Sequence[_Loaded]) -> Encoding:
+        return subject.encode(torch.stack([member.tensor for member in batch]))
+
+    encodings = compute_batches(
+        files,
+        read,
+        encode,
+        tally,
+        workers=options.num_workers,
+        batch_size=options.batch_size,
+        batch_pixels=batch_pixels(subject.device),
+        if_out_of_memory="use a smaller --size, or a device with more memory",
+    )
+    with closing(encodings), exact_float32():
+        for members, encoding in encodings:
+            finite = _finite(encoding)
+            for member, is_finite in zip(members, finite.tolist(), strict=True):
+                if not is_finite:
+                    tally.fail(member.job, SdvaeError(f"its latents are not finite in {options.dtype}"))
+            has_posterior = encoding.posterior is not None
+            if finite.any():
+                moments.update(*_mean_and_var(encoding, finite))
+            tally.done += int(finite.sum())
+            tally.tell()
+    whole = hashlib.sha256()
+    for key in (file.key for file in files if file.key in digests):
+        whole.update(f"{key}\0{digests[key]}\n".encode(errors="surrogateescape"))
+    return moments, has_posterior, f"sha256:{whole.hexdigest()}"
 
 
 def _read(file: ImageFile, options: CalibrateOptions) -> _Loaded:
-    data = file.path.read_bytes()
+    content = file.read()
     limit = options.max_pixels or DEFAULT_MAX_PIXELS
-    pixels = read_image_bytes(data, str(file.path), background=options.background, max_pixels=limit).pixels
+    pixels = read_image_bytes(content.data, str(file.path), background=options.background, max_pixels=limit).pixels
     if options.size is not None:
         pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
-    return _Loaded(file, image_to_x(pixels), hashlib.sha256(data).hexdigest())
-
-
-def _pixels(loaded: _Loaded) -> int:
-    return loaded.x.shape[1] * loaded.x.shape[2]
-
-
-class _Encoder:
-    """Encodes batches; one that fails is tried again image by image, so that only the bad ones are lost."""
-
-    def __init__(self, subject: OpenedVae) -> None:
-        self._subject = subject
-        self._singly = False  # once memory ran out, the next large batch would only fail again
-        self.warnings: list[str] = []
-
-    def __call__(self, batch: Sequence[_Loaded]) -> Iterator[tuple[Sequence[_Loaded], Encoding | Exception]]:
-        if len(batch) > 1 and not self._singly:
-            try:
-                yield batch, self._encode(batch)
-                return
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                self._singly = True
-                self.warnings.append(f"a batch of {len(batch)} failed, so went on image by image: {_first_line(error)}")
-            if torch.cuda.is_available():  # here the exception is gone, whose frames hold the tensors of the batch
-                torch.cuda.empty_cache()
-        for member in batch:
-            try:
-                result: Encoding | Exception = self._encode([member])
-            except RuntimeError as error:
-                height, width = member.x.shape[1:]
-                result = SdvaeError(f"the VAE failed at {width} x {height} px: {_first_line(error)}")
-            yield [member], result
-
-    def _encode(self, batch: Sequence[_Loaded]) -> Encoding:
-        return self._subject.encode(torch.stack([member.x for member in batch]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _Loaded(file, image_to_x(pixels), content.digest)
 
 
 def _finite(encoding: Encoding) -> Tensor:

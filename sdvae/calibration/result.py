@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from sdvae._version import __version__
+from sdvae.data.sources.files import FileReason
 from sdvae.errors import ConfigError
 from sdvae.metrics.latent_health import CENTRE_MATTERS, SCALE_MATTERS
 from sdvae.metrics.moments import Channel, Estimate
 
-__all__ = ["Calibration", "Failure", "Present", "Verdict"]
+__all__ = ["Calibration", "Present", "Verdict"]
 
 Verdict = Literal["equal", "small", "matters", "unclear"]
 
@@ -38,15 +39,6 @@ class Present:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
-    """An image that is not in the numbers."""
-
-    key: str
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What `calibrate` found."""
 
@@ -67,7 +59,7 @@ class Calibration:
     channels: tuple[Channel, ...]
     present: Present
     warnings: tuple[str, ...] = ()
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[FileReason, ...] = ()
     seconds: float = 0.0
 
     @property

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.compat.facts import WeightFacts
-from sdvae.checkpoints.compat.loaders import loader_verdicts
+from sdvae.checkpoints.compat.facts import weight_facts
+from sdvae.checkpoints.compat.loaders import LoaderVerdict, loader_verdicts
 from sdvae.checkpoints.formats import CLASS_NAME, SCALE_FIELDS, Found, Kind
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 
 if TYPE_CHECKING:
     from sdvae.checkpoints.read import Checkpoint
@@ -59,17 +59,19 @@ def describe_vae(ref: str | Path) -> dict[str, Any]:
         "num_parameters": sum(math.prod(shape) for shape in own.values()),
     }
     loaded = _load(ref, found, metadata)
-    facts = WeightFacts(
-        path=str(ref),
-        is_folder=found.kind in (Kind.FOLDER, Kind.PIPELINE),
-        suffix=found.weights.suffix,
-        shapes=shapes,
-        fields=loaded.get("config") or _config_fields(found),
-        has_config=found.config is not None,
-        variant=_variant(found),
-        dtypes=data["dtypes"],
-    )
-    verdicts = loader_verdicts(facts) if data["class_name"] in (None, CLASS_NAME) else ()
+    verdicts: tuple[LoaderVerdict, ...] = ()
+    if data["class_name"] in (None, CLASS_NAME):
+        facts = weight_facts(
+            shapes,
+            path=str(ref),
+            is_folder=found.kind in (Kind.FOLDER, Kind.PIPELINE),
+            suffix=found.weights.suffix,
+            fields=loaded.get("config") or _config_fields(found),
+            has_config=found.config is not None,
+            variant=_variant(found),
+            dtypes=data["dtypes"],
+        )
+        verdicts = loader_verdicts(facts)
     if not loaded["loads"]:  # then there is nothing to convert
         verdicts = tuple(replace(verdict, fix=None) for verdict in verdicts)
     return data | loaded | {"loaders": [asdict(verdict) for verdict in verdicts]}
@@ -93,12 +95,12 @@ def _load(ref: str | Path, found: Found, metadata: Mapping[str, str]) -> dict[st
 
 
 def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    from sdvae.checkpoints.fit import build, config_fields
+    from sdvae.checkpoints.fit import config_fields
     from sdvae.checkpoints.read import read_checkpoint
     from sdvae.checkpoints.store import autoencoder_digest
 
     checkpoint = read_checkpoint(ref, local_files_only=True)
-    vae = build(checkpoint.fields, ref)
+    vae = checkpoint.network
     vae.load_state_dict(checkpoint.tensors, strict=True, assign=True)  # mapped files: read tensor by tensor below
     config = _plain(config_fields(vae.config))
     return {
@@ -167,7 +169,7 @@ def _weights_files(found: Found) -> list[Path]:
     names = sorted(set(formats.shard_names(found.weights).values()))
     files = [found.weights.with_name(name) for name in names]
     if lacking := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{found.weights}: names files that are not there: {formats.some(lacking, 3)}")
+        raise CheckpointError(f"{found.weights}: names files that are not there: {some(lacking, 3)}")
     return files
 
 
@@ -208,7 +210,7 @@ _SHORT = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF1
 
 def _own_shapes(shapes: Mapping[str, tuple[int, ...]], found: Found) -> Mapping[str, tuple[int, ...]]:
     """Those of the VAE among the weights, under the names in the file."""
-    facts = WeightFacts(path="", is_folder=False, suffix=found.weights.suffix, shapes=shapes)
+    facts = weight_facts(shapes, path="", is_folder=False, suffix=found.weights.suffix)
     if facts.prefix is None or facts.naming is None:
         return shapes
     return {facts.prefix + name: shape for name, shape in facts.own.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdvae.checkpoints.formats import CLASS_NAME
-from sdvae.checkpoints.keys import fields_from_shapes
+from sdvae.checkpoints.infer import fields_from_shapes
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.network import Autoencoder, AutoencoderConfig
 
@@ -22,7 +23,9 @@ __all__ = [
     "config_fields",
     "config_json",
     "first_not_finite",
+    "full_config",
     "key_problems",
+    "load_weights",
     "misfit",
 ]
 
@@ -66,6 +69,26 @@ def build(config: Mapping[str, Any], source: object) -> Autoencoder:
         missing = [f"{name} = {value!r}" for name, value in DEFAULTS.items() if name not in config]
         note = f". Fields that it lacks have their defaults: {', '.join(missing)}" if missing else ""
         raise CheckpointError(f"{source}: no autoencoder can be built from it: {error}{note}") from error
+
+
+def load_weights(
+    vae: Autoencoder,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Autoencoder:
+    """Give an autoencoder from `build` its weights. Returns: the same one, in eval mode."""
+    # Copied in any case: a weight that stays in a file's memory map is unaligned, and changes if the file does.
+    copies = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in tensors.items()}
+    vae.load_state_dict(copies, strict=True, assign=True)
+    return vae.eval()
+
+
+def full_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field as config.json spells it: those given, and the defaults of the others."""
+    values = {name: fields.get(name, default) for name, default in DEFAULTS.items()}
+    return json.loads(json.dumps(values))  # type: ignore[no-any-return]  # tuples become lists
 
 
 def key_problems(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 
 __all__ = [
     "CARD_NAME",
@@ -30,14 +30,15 @@ __all__ = [
     "Kind",
     "Layout",
     "VaeFiles",
+    "family_of",
     "find_vae_files",
     "identify",
+    "json_text",
     "layout_of",
     "list_names",
     "read_json",
     "read_shapes",
     "shard_names",
-    "some",
 ]
 
 CARD_NAME = "README.md"  # the model card, where the hub looks for it
@@ -98,7 +99,6 @@ class Layout:
     kind: Kind
     evidence: str
     prefix: str = ""  # before the VAE's own keys
-    family: str | None = None  # a key of FAMILIES, where the file is a whole checkpoint of a known program
 
     @property
     def is_ldm(self) -> bool:
@@ -261,6 +261,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def json_text(data: Mapping[str, Any]) -> str:
+    """The text of a config.json or an index of weights. Raises: ValueError for a value that JSON does not have."""
+    return json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights in a safetensors file, from its header alone.
 
@@ -317,20 +322,15 @@ def layout_of(names: Collection[str], path: Path) -> Layout:
         whole = any(name.startswith(_DIFFUSION_MODEL) for name in names)
         kind = (Kind.LDM_CHECKPOINT if whole else Kind.LDM) if ldm else (Kind.PREFIXED if prefix else Kind.FILE)
         evidence = f"keys `{name}` and `{_DIFFUSION_MODEL}*`" if kind is Kind.LDM_CHECKPOINT else f"key `{name}`"
-        return Layout(kind=kind, evidence=evidence, prefix=prefix, family=_family(names))
+        return Layout(kind=kind, evidence=evidence, prefix=prefix)
     if match := next(filter(None, map(_TINY_KEY.fullmatch, names)), None):
         return Layout(kind=Kind.TINY, evidence=f"key `{match[0]}`")
     return Layout(kind=Kind.OTHER, evidence=f"{len(names)} keys: {some(sorted(names))}")
 
 
-def _family(names: Collection[str]) -> str | None:
+def family_of(names: Collection[str]) -> str | None:
+    """Whose whole checkpoint has weights of these names: a key of FAMILIES, or None."""
     for family, known in FAMILIES.items():
         if all(any(key in name for name in names) for key in known.keys):
             return family
     return None
-
-
-def some(names: Collection[str], limit: int = 6) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(list(names)[:limit]) or "nothing"
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

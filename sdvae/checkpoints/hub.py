@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
-from sdvae.errors import CheckpointError, MissingWeightsError
+from sdvae.errors import CheckpointError, MissingWeightsError, some
 
 __all__ = ["hub_folder", "is_hub_id"]
 
@@ -56,7 +56,7 @@ def _download(repo: str, subfolder: str | None, revision: str | None) -> Path:
     names = [sibling.rfilename for sibling in listing.siblings or []]
     found = formats.find_vae_files(names, subfolder)
     if found is None or not found.has_config:
-        raise CheckpointError(f"the repository has no VAE with its {CONFIG_NAME}; it holds {formats.some(names)}")
+        raise CheckpointError(f"the repository has no VAE with its {CONFIG_NAME}; it holds {some(names)}")
 
     def fetch(name: str) -> Path:
         return Path(hf_hub_download(repo, found.path_of(name), revision=revision))

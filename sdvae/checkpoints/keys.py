@@ -8,25 +8,28 @@ convolutions (C, C, 1, 1).
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from sdvae.checkpoints.formats import Layout
 from sdvae.errors import CheckpointError
 
 __all__ = [
     "PREFIXES",
+    "STATISTICS",
     "current_attention_names",
-    "fields_from_shapes",
     "from_ldm",
-    "infer_fields",
     "linear_attention",
     "tidy",
     "to_ldm",
+    "vae_tensors",
 ]
 
 PREFIXES = ("", "first_stage_model.", "vae.")  # before a VAE's keys: none, in a Stable Diffusion checkpoint, in others
 
-Shapes = Mapping[str, tuple[int, ...]]
+# Tensors of some files that are no weights, but the scale of the latents -> field of config.json.
+STATISTICS = {"edm_mean": "latents_mean", "edm_std": "latents_std"}
+
 T = TypeVar("T")
 
 # diffusers before 0.17 saved the mid-block attention under the names on the left.
@@ -77,6 +80,28 @@ def to_ldm(tensors: Mapping[str, T]) -> dict[str, T]:
         name: _reshaped(tensor, name, lambda shape: (*shape, 1, 1) if len(shape) == 2 else shape)
         for name, tensor in _renamed(named, table, "diffusers").items()
     }
+
+
+def vae_tensors(
+    readers: Mapping[str, Callable[[], T]], layout: Layout, where: object
+) -> tuple[dict[str, T], tuple[str, ...]]:
+    """The VAE's tensors among those of a file, under diffusers' names of today, and remarks. Only these are read.
+
+    where: the file, for messages. Raises: CheckpointError for keys that no autoencoder has.
+    """
+    prefix = layout.prefix
+    own = [name for name in readers if name.startswith(prefix) and name not in STATISTICS]
+    names, remarks = tidy(name.removeprefix(prefix) for name in own)
+    tensors = {new: readers[prefix + name]() for name, new in names.items()}
+    if others := len(readers.keys() - STATISTICS.keys()) - len(own):
+        remarks += (f"{others} tensors that do not begin with `{prefix}` are not the VAE's and were not read",)
+    if layout.is_ldm:
+        try:
+            return from_ldm(tensors), remarks
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+    current = current_attention_names(tensors)
+    return linear_attention({current[name]: tensor for name, tensor in tensors.items()}), remarks
 
 
 def linear_attention(tensors: Mapping[str, T]) -> dict[str, T]:
@@ -171,82 +196,3 @@ def current_attention_names(names: Iterable[str]) -> dict[str, str]:
         return name if renamed in known else renamed
 
     return {name: current(name) for name in names}
-
-
-def fields_from_shapes(shapes: Shapes) -> dict[str, object]:
-    """The fields of config.json that weights with diffusers keys decide by themselves, as far as they are there.
-
-    Where places contradict each other, the first counts: for hints in messages. `infer_fields` is strict.
-    """
-    return {field: next(iter(found.values())) for field, found in _readings(shapes).items() if found}
-
-
-def infer_fields(shapes: Shapes) -> dict[str, Any]:
-    """The fields of config.json that the shapes of an autoencoder's weights show.
-
-    shapes: under diffusers' names of today. Not among the fields: what no shape shows, such as norm_num_groups and
-    scaling_factor.
-    Raises: CheckpointError where an encoder or a decoder is missing, and where two places contradict each other, with
-        both readings.
-    """
-    for side, other in (("encoder", "decoder"), ("decoder", "encoder")):
-        if not any(name.startswith(f"{side}.") for name in shapes):
-            raise CheckpointError(
-                f"it has no {side}, only the {other}; an autoencoder needs both: pass a whole VAE file"
-            )
-    fields: dict[str, Any] = {}
-    for field, found in _readings(shapes).items():
-        values = list(found.values())
-        if not values:
-            raise CheckpointError(f"{field} cannot be read from the tensors: the one that shows it is missing")
-        if any(value != values[0] for value in values):
-            readings = "; ".join(f"{value!r} by {place}" for place, value in found.items())
-            raise CheckpointError(f"the tensors contradict each other, {field} is {readings}")
-        fields[field] = values[0]
-    levels = len(fields["block_out_channels"])
-    fields["down_block_types"] = ["DownEncoderBlock2D"] * levels
-    fields["up_block_types"] = ["UpDecoderBlock2D"] * levels
-    return fields
-
-
-def _readings(shapes: Shapes) -> dict[str, dict[str, Any]]:
-    """Field -> place that shows it -> value there."""
-
-    def along(name: str, axis: int, divisor: int = 1) -> dict[str, Any]:
-        shape = shapes.get(f"{name}.weight", ())
-        return {name: shape[axis] // divisor} if len(shape) == 4 else {}
-
-    down, up = _widths(shapes, "encoder.down_blocks"), _widths(shapes, "decoder.up_blocks")[::-1]
-    sides = [side for side, widths in (("encoder", down), ("decoder", up)) if widths]
-    readings: dict[str, dict[str, Any]] = {
-        "in_channels": along("encoder.conv_in", 1),
-        "out_channels": along("decoder.conv_out", 0),
-        "latent_channels": along("decoder.conv_in", 1)
-        | along("encoder.conv_out", 0, 2)
-        | along("quant_conv", 0, 2)
-        | along("post_quant_conv", 0),
-        "block_out_channels": {side: w for side, w in (("encoder", down), ("decoder", up)) if w},
-        "layers_per_block": _layers(shapes, "encoder.down_blocks", 0) | _layers(shapes, "decoder.up_blocks", 1),
-        "use_quant_conv": {"quant_conv": "quant_conv.weight" in shapes} if sides else {},
-        "use_post_quant_conv": {"post_quant_conv": "post_quant_conv.weight" in shapes} if sides else {},
-        "mid_block_add_attention": {
-            side: any(name.startswith(f"{side}.mid_block.attentions.") for name in shapes) for side in sides
-        },
-    }
-    return readings
-
-
-def _widths(shapes: Shapes, blocks: str) -> list[int]:
-    widths: list[int] = []
-    while shape := shapes.get(f"{blocks}.{len(widths)}.resnets.0.conv1.weight"):
-        widths.append(shape[0])
-    return widths
-
-
-def _layers(shapes: Shapes, blocks: str, extra: int) -> dict[str, int]:
-    """Block -> layers_per_block as it shows it; the decoder's blocks have `extra` more."""
-    counts: dict[str, set[str]] = {}
-    for name in shapes:
-        if match := re.fullmatch(rf"({re.escape(blocks)}\.\d+)\.resnets\.(\d+)\..*", name):
-            counts.setdefault(match[1], set()).add(match[2])
-    return {block: len(layers) - extra for block, layers in counts.items()}

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.formats import CONFIG_NAME, read_json
+from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, json_text, read_json
 from sdvae.errors import CheckpointError, ConfigError
-from sdvae.files import write_atomic
+from sdvae.files import new_folder, write_atomic
 
 __all__ = [
     "ASSUMED_NOTE",
@@ -29,6 +29,7 @@ __all__ = [
     "from_metadata",
     "header_metadata",
     "notes_of",
+    "read_config",
     "update_config",
 ]
 
@@ -73,14 +74,28 @@ def header_metadata(fields: Mapping[str, Any], notes: Mapping[str, Any]) -> dict
     return {"format": "pt", HEADER_KEY: json.dumps(data, sort_keys=True, allow_nan=False)}
 
 
-def from_metadata(metadata: Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the configuration, and notes, of a config.json.
+
+    Raises: CheckpointError for a damaged one, and for that of another class.
+    """
+    config = read_json(path)
+    if (name := config.get("_class_name", CLASS_NAME)) != CLASS_NAME:
+        raise CheckpointError(f"{path}: describes the class {name}; expected {CLASS_NAME}")
+    return {field: value for field, value in config.items() if not field.startswith("_")}, notes_of(config, path)
+
+
+def from_metadata(
+    metadata: Mapping[str, str] | None, source: str | Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields of the configuration, and notes, of a header. Inverse: header_metadata.
 
+    source: names the file in messages.
     Returns: ({}, {}) where sdvae did not write the header. Raises: CheckpointError for a damaged one.
     """
     if metadata is None or not _is_ours(metadata):
         return {}, {}
-    where = f"`{HEADER_KEY}` in the header"
+    where = f"{f'{source}: ' if source else ''}`{HEADER_KEY}` in the header"
     try:
         data = json.loads(metadata[HEADER_KEY])
     except (TypeError, ValueError) as error:
@@ -164,7 +179,7 @@ def update_config(folder: str | Path, fields: Mapping[str, Any], notes: Mapping[
     merged_notes |= {ASSUMED_NOTE: assumed} if assumed else {}
     config |= {**fields, NOTES_FIELD: merged_notes}
     metadata = header_metadata(config, merged_notes)
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json_text(config)
     carriers = _carriers(config_path.parent)
     try:
         if carriers:
@@ -188,8 +203,6 @@ def _carriers(folder: Path) -> dict[str, Mapping[str, Any]]:
 def _replace_folder(
     config_path: Path, text: str, carriers: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]
 ) -> None:
-    from sdvae.checkpoints.folders import new_folder
-
     folder = config_path.parent
     # Everything that is there comes along, whatever it is, so nothing can be lost by the replacement.
     with new_folder(folder, overwrite=True, is_ours=lambda existing: None) as fresh:

@@ -1,6 +1,6 @@
 """Autoencoders on disk and on the hub: load, save, hand over to diffusers, identify by digest.
 
-What files hold is read and checked in `read`; how a folder takes another's place is in `folders`.
+What files hold is read and checked in `read`; how a folder takes another's place is in `files`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, misfit
-from sdvae.checkpoints.folders import new_folder
-from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME
+from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, load_weights, misfit
+from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, json_text
 from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
-from sdvae.errors import CheckpointError, ConfigError
+from sdvae.checkpoints.tensor_files import save_tensors
+from sdvae.errors import CheckpointError, ConfigError, some
+from sdvae.files import new_folder
 from sdvae.model.network import Autoencoder, AutoencoderConfig
 
 if TYPE_CHECKING:
@@ -111,17 +111,11 @@ def load_network(
     checkpoint = read_checkpoint(
         ref, subfolder=subfolder, config=config, revision=revision, local_files_only=local_files_only
     )
-    weights = checkpoint.found.weights
-    vae = build(checkpoint.fields, weights)
-    # Copied in any case: a weight that stays in the file's memory map is unaligned, and changes if the file does.
-    tensors = {
-        name: tensor.to(device=device, dtype=dtype or torch.float32, copy=True)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    if name := first_not_finite(tensors):  # they were finite in the file
-        raise CheckpointError(f"{weights}: `{name}` has values that are not finite after the cast to {dtype}")
-    vae.load_state_dict(tensors, strict=True, assign=True)
-    vae.eval()
+    vae = load_weights(checkpoint.network, checkpoint.tensors, dtype=dtype or torch.float32, device=device)
+    if name := first_not_finite(vae.state_dict()):  # they were finite in the file
+        raise CheckpointError(
+            f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
+        )
     return vae
 
 
@@ -129,7 +123,7 @@ def why_no_vae_folder(folder: Path) -> str | None:
     """Why a folder must not be replaced by a VAE, as a phrase; None where it holds a VAE and nothing else."""
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
     if others := [name for name in names if not _OWN_FILE.fullmatch(name)]:
-        return f"holds more than a VAE: {formats.some(others)}"
+        return f"holds more than a VAE: {some(others)}"
     # The folder of a UNet has files of the same names.
     config = folder / CONFIG_NAME
     if not config.is_file() or formats.read_json(config).get("_class_name") != CLASS_NAME:
@@ -147,13 +141,13 @@ def _config_to_write(vae: Any) -> dict[str, Any]:
 
 def _write(vae: Any, folder: Path, dtype: torch.dtype | None) -> None:
     config = _config_to_write(vae)
-    tensors = {n: t.detach().to(device="cpu", dtype=dtype).contiguous() for n, t in vae.state_dict().items()}
+    tensors = {name: tensor.detach().to(device="cpu", dtype=dtype) for name, tensor in vae.state_dict().items()}
     if problems := misfit(tensors, config_fields(config), build(config_fields(config), folder)):
         raise CheckpointError(f"the VAE is not saved, for its weights do not fit its configuration: {problems}")
     if name := first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not saved: `{name}` has values that are not finite as {tensors[name].dtype}")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json_text(config), encoding="utf-8")
+    save_tensors(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
 
 
 def save_autoencoder(

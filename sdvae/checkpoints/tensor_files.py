@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, pickles and shards: found at once, read one by one, and no file runs code.
+"""Tensors in safetensors files, pickles and shards: found at once, read one by one, and no file runs code; and written.
 
 Knows nothing of autoencoders: names are those in the file.
 """
@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdvae.checkpoints import formats
-from sdvae.errors import CheckpointError
+from sdvae.errors import CheckpointError, some
 
-__all__ = ["Readers", "open_tensors"]
+__all__ = ["Readers", "differing", "open_tensors", "save_tensors"]
 
 # Name -> what reads that tensor. Of safetensors files and pickles made since 2020, reading is left to the moment when
 # the values are looked at.
@@ -64,9 +65,7 @@ def _open_shards(index: Path) -> Readers:
             raise CheckpointError(f"{index}: {file} holds weights that the index does not place there: {strays[0]}")
         readers |= shard
     if lacking := sorted(files.keys() - readers.keys()):
-        raise CheckpointError(
-            f"{index}: {len(lacking)} weights are not in the files that it names: {formats.some(lacking, 3)}"
-        )
+        raise CheckpointError(f"{index}: {len(lacking)} weights are not in the files that it names: {some(lacking, 3)}")
     return readers
 
 
@@ -89,4 +88,26 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _contents(data: object) -> str:
     if not isinstance(data, Mapping):
         return f"one {type(data).__name__}"
-    return "a dict with " + formats.some([f"{name}: {type(value).__name__}" for name, value in data.items()], 3)
+    return "a dict with " + some([f"{name}: {type(value).__name__}" for name, value in data.items()], 3)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, in a folder that is to be put in place as a whole. Raises: OSError."""
+    # the library refuses tensors that share memory, as those of a pickle may
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(own, path, metadata=dict(metadata))
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(str(error)) from error
+
+
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not equal in type and bits: -0.0 is not 0.0, and nan is itself."""
+    names = sorted(one.keys() ^ other.keys())
+    for name in (name for name in other if name in one):
+        pair = (one[name], other[name])
+        same_kind = pair[0].dtype == pair[1].dtype and pair[0].shape == pair[1].shape
+        bits = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in pair)
+        if not same_kind or not torch.equal(*bits):
+            names.append(name)
+    return names

@@ -1,39 +1,27 @@
-"""Weights and configuration into files: a diffusers folder, perhaps sharded, or one LDM file.
+"""Weights and configuration into a diffusers folder, perhaps sharded.
 
-Writes where it is told, into a folder of its caller's; replacing what is there already is `folders.new_folder` and
-`new_file`.
+Writes where it is told, into a folder of its caller's; `files.new_folder` replaces what is there.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from glob import escape as glob_escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from sdvae.checkpoints import fit
-from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME
-from sdvae.checkpoints.keys import to_ldm
+from sdvae.checkpoints.fit import config_json
+from sdvae.checkpoints.formats import CONFIG_NAME, WEIGHTS_NAME, json_text
 from sdvae.checkpoints.notes import NOTES_FIELD, header_metadata
-from sdvae.errors import CheckpointError
+from sdvae.checkpoints.tensor_files import save_tensors
+from sdvae.model.network import AutoencoderConfig
 
 if TYPE_CHECKING:
     from huggingface_hub import StateDictSplit
 
-__all__ = ["new_file", "planned_shards", "write_diffusers_folder", "write_ldm_file"]
-
-_LEFTOVER_AGE_S = 3600  # no save takes this long: an unfinished one of this age was killed
+__all__ = ["planned_shards", "write_diffusers_folder"]
 
 
 def write_diffusers_folder(
@@ -47,18 +35,14 @@ def write_diffusers_folder(
 ) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors into an existing folder, as diffusers names them.
 
-    tensors: under diffusers' names; each keeps its type. variant: as in diffusion_pytorch_model.<variant>.safetensors.
+    tensors: those of a VAE with these fields, under diffusers' names; each keeps its type.
+    variant: as in diffusion_pytorch_model.<variant>.safetensors.
     max_shard_size: such as "10GB"; larger weights are split into files of at most this size, with an index. Then
         config.json alone carries the notes, else the header of the weights does too.
-    Raises: CheckpointError for weights that do not fit the fields or are not finite; OSError.
+    Raises: ConfigError for impossible fields; OSError.
     """
-    vae = fit.build(fields, folder)
-    if misfit := fit.misfit(dict(tensors), fields, vae):
-        raise CheckpointError(f"the VAE is not written, for its weights do not fit its configuration: {misfit}")
-    if name := fit.first_not_finite(tensors):
-        raise CheckpointError(f"the VAE is not written: `{name}` has values that are not finite")
-    config = fit.config_json(vae.config) | ({NOTES_FIELD: dict(notes)} if notes else {})
-    _write_json(config, folder / CONFIG_NAME)
+    config = config_json(AutoencoderConfig(**fields)) | ({NOTES_FIELD: dict(notes)} if notes else {})
+    (folder / CONFIG_NAME).write_text(json_text(config), encoding="utf-8")
     _write_weights(folder, tensors, header_metadata(config, notes), variant, max_shard_size)
 
 
@@ -71,16 +55,17 @@ def _write_weights(
 ) -> None:
     name = WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors") if variant else WEIGHTS_NAME
     if max_shard_size is None:
-        _save(tensors, folder / name, metadata)
+        save_tensors(tensors, folder / name, metadata)
         return
     split = planned_shards(tensors, name, max_shard_size)
     if not split.is_sharded:
-        _save(tensors, folder / name, metadata)
+        save_tensors(tensors, folder / name, metadata)
         return
     for file, names in split.filename_to_tensors.items():
-        _save({tensor: tensors[tensor] for tensor in names}, folder / file, {"format": "pt"})
+        save_tensors({tensor: tensors[tensor] for tensor in names}, folder / file, {"format": "pt"})
     end = f"index.{variant}.json" if variant else "index.json"
-    _write_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, folder / f"{WEIGHTS_NAME}.{end}")
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    (folder / f"{WEIGHTS_NAME}.{end}").write_text(json_text(index), encoding="utf-8")
 
 
 def planned_shards(tensors: Mapping[str, Tensor], name: str, max_shard_size: str) -> StateDictSplit:
@@ -91,50 +76,3 @@ def planned_shards(tensors: Mapping[str, Tensor], name: str, max_shard_size: str
     sizes = {tensor: torch.empty_like(value, device="meta") for tensor, value in tensors.items()}
     pattern = name.replace(".safetensors", "{suffix}.safetensors")
     return split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=max_shard_size)
-
-
-def write_ldm_file(
-    path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], notes: Mapping[str, Any], *, prefix: str = ""
-) -> None:
-    """Write one safetensors file with the names of the original program; configuration and notes are in its header.
-
-    tensors: under diffusers' names; each keeps its type. prefix: before each name, one of `keys.PREFIXES`.
-    Raises: CheckpointError for names that have no place there; OSError.
-    """
-    _save({prefix + name: tensor for name, tensor in to_ldm(tensors).items()}, path, header_metadata(fields, notes))
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    # the library refuses tensors that share memory, as those of a pickle may
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    safetensors.torch.save_file(own, path, metadata=dict(metadata))
-
-
-def _write_json(data: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """Yield a path in a hidden folder beside `target`; what is written there takes its place in one step.
-
-    It does so when the block ends without error. Killed at any moment, or left by an error, it leaves what was there
-    before. The yielded name is that of `target`. Raises: CheckpointError where writing fails.
-    """
-    target = target.expanduser().resolve()
-    fresh = target.parent / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
-    try:
-        for entry in target.parent.glob(f".{glob_escape(target.name)}.saving-*"):
-            if time.time() - entry.stat().st_mtime > _LEFTOVER_AGE_S:
-                shutil.rmtree(entry, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        usual = fresh.stat().st_mode & 0o666
-        yield fresh / target.name
-        (fresh / target.name).chmod(usual)  # safetensors makes files for the owner alone
-        with (fresh / target.name).open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh / target.name, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: cannot be saved: {error}. What was there before is unchanged") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import image_options, json_option, run_options
+from sdvae.cli.options import dry_run_option, image_options, json_option, max_images_option, run_options
 from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
 from sdvae.errors import ConfigError
 
@@ -34,15 +34,10 @@ Examples:
     is_flag=True,
     help="With --write: latents_mean and latents_std as well, for SDXL text-to-image; SD pipelines ignore them.",
 )
-@click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Take N images, evenly spaced over the sorted names.",
-)
+@max_images_option
 @image_options
 @run_options
-@click.option("--dry-run", is_flag=True, help="Print what would be measured and written, and do nothing.")
+@dry_run_option("Print what would be measured and written, and do nothing.")
 @json_option
 @click.pass_context
 def calibrate_command(
@@ -112,8 +107,6 @@ def _print_dry_run(vae: str, images: str, options: dict[str, Any], config_path: 
 
 
 def _print(found: Calibration) -> None:
-    from sdvae.codec.reports import FileReason
-
     click.echo(
         shown(
             f"{found.num_images} of {found.num_found} images in {found.source}, {found.num_positions:,} latent "
@@ -141,7 +134,7 @@ def _print(found: Calibration) -> None:
         click.echo(f"{sentence[0].upper()}{sentence[1:]}.")
     for warning in found.warnings:
         note(f"Warning: {warning}")
-    print_reasons("Failed", [FileReason(**vars(failure)) for failure in found.failures])
+    print_reasons("Failed", found.failures)
 
 
 def _cells(estimate: Estimate) -> tuple[str, str]:

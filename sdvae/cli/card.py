@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sdvae.cli.check import AUDIT_NAME
-from sdvae.cli.options import json_option
+from sdvae.cli.options import dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import note, print_json, shown
 
 __all__ = ["card_command"]
@@ -26,8 +26,8 @@ Examples:
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help=f"{AUDIT_NAME} of `sdvae check --out`.")
 @click.option("--license", metavar="ID", help="As the hub names it.  [default: what the VAE's config.json records]")
 @click.option("--repo", metavar="ID", help="Where it will be on the hub, for the commands in the card.")
-@click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
-@click.option("--dry-run", is_flag=True, help="Print the card, and write nothing.")
+@overwrite_option("Replace a README.md that was written or changed by hand.")
+@dry_run_option("Print the card, and write nothing.")
 @json_option
 def card_command(
     vae: Path,

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import json_option
+from sdvae.cli.options import device_option, dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
-from sdvae.codec.options import DEVICES
-from sdvae.codec.reports import FileReason
+from sdvae.data.sources.files import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -58,9 +57,7 @@ def audit_options(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="Of two images that are really computed in fp16; CPUs are slow at it.",
         ),
-        click.option(
-            "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: cuda, mps, cpu."
-        ),
+        device_option,
     )
     for option in reversed(options):
         function = option(function)
@@ -85,8 +82,8 @@ Examples:
     multiple=True,
     help="Exit code 1 unless the verdict is `safe`; may be repeated.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an audit that is in --out.")
-@click.option("--dry-run", is_flag=True, help="Print what would be measured and written, and do neither.")
+@overwrite_option("Replace an audit that is in --out.")
+@dry_run_option("Print what would be measured and written, and do neither.")
 @json_option
 @click.pass_context
 def check_command(
@@ -174,8 +171,7 @@ def read_pixels(
         try:
             pixels = prepare(index, file, protocol).pixels
         except ImageError as error:
-            reason = str(error).removeprefix(f"{file.path}: ")
-            failures.append(FileReason(key=file.key, source=str(file.path), reason=reason))
+            failures.append(FileReason.of(file.key, file.path, error))
             continue
         yield pixels
         count += 1

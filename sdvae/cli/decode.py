@@ -8,7 +8,6 @@ import click
 
 from sdvae.cli.execute import plan_or_run
 from sdvae.cli.options import announce_vae, run_options, shard_option, tiling_options, vae_option, write_options
-from sdvae.codec.launched import join_launched
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 
 __all__ = ["decode_command"]
@@ -48,9 +47,8 @@ def decode_command(
     LATENTS is a folder of latent files (OUT mirrors its tree), one file, or a glob in quotes. Images have the size and
     the name of their source. Run again, it does what is missing or stale.
     """
-    processes, settings = join_launched(DecodeOptions(**options))
-    if processes.is_main:
-        announce_vae(vae)
+    settings = DecodeOptions(**options)
+    announce_vae(vae)
     from sdvae.codec.run import DecodeRun
 
-    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), processes, dry_run, as_json)
+    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), dry_run, as_json)

@@ -18,7 +18,6 @@ from sdvae.cli.options import (
     vae_option,
     write_options,
 )
-from sdvae.codec.launched import join_launched
 from sdvae.codec.options import ENGINES, EncodeOptions
 
 __all__ = ["encode_command"]
@@ -67,9 +66,8 @@ def encode_command(
 
     --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
-    processes, settings = join_launched(EncodeOptions(**options))
-    if processes.is_main:
-        announce_vae(vae)
+    settings = EncodeOptions(**options)
+    announce_vae(vae)
     from sdvae.codec.run import EncodeRun
 
-    plan_or_run(ctx, EncodeRun(images, out, vae, settings), processes, dry_run, as_json)
+    plan_or_run(ctx, EncodeRun(images, out, vae, settings), dry_run, as_json)

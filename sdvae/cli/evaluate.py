@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import announce_vae, json_option
+from sdvae.cli.options import (
+    announce_vae,
+    batch_size_option,
+    device_option,
+    dry_run_option,
+    json_option,
+    max_images_option,
+    overwrite_option,
+)
 from sdvae.cli.output import note, print_json, print_table, progress, shown
-from sdvae.codec.options import COMPUTE_DTYPES, DEVICES
+from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
 from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
-from sdvae.processes import is_main_process
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
@@ -47,12 +54,7 @@ Examples:
 )
 @click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px.")
 @click.option("--crop", type=click.Choice(["center", "none"]), help="center: cut the resized image to N x N.")
-@click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Measure N images, evenly spaced over the sorted names.",
-)
+@max_images_option
 @click.option("--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}.")
 @click.option("--posterior", type=click.Choice(["mode", "sample"]), help="z that is decoded: the mean, or a draw.")
 @click.option("--seed", type=int, help="Of draws, bootstrap and KID.")
@@ -120,24 +122,13 @@ Examples:
     multiple=True,
     help="Exit code 1 where it holds, e.g. 'psnr<24.5', 'delta.lpips>0.005'; may be repeated.",
 )
-@click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default=EvaluateOptions.device,
-    show_default=True,
-    help="auto: cuda, mps, cpu.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Images of one size that go through a VAE together.  [default: what suits the device]",
-)
+@device_option
+@batch_size_option
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Threads that read.  [default: one per core, at most 8]"
 )
-@click.option("--overwrite", is_flag=True, help="Replace what another evaluation left in --out.")
-@click.option("--dry-run", is_flag=True, help="Print the protocol and what would be done, and write nothing.")
+@overwrite_option("Replace what another evaluation left in --out.")
+@dry_run_option("Print the protocol and what would be done, and write nothing.")
 @json_option
 @click.pass_context
 def evaluate_command(
@@ -161,8 +152,7 @@ def evaluate_command(
     """
     protocol = _protocol(preset, metrics, settings)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
-    if is_main_process():  # of several processes, one says it
-        announce_vae(vaes[0] if vaes else None)
+    announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
 
     plan = plan_evaluation(images, vaes, reference, out, protocol, options)
@@ -185,8 +175,8 @@ def evaluate_command(
 
 def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Protocol:
     """The preset with what was given besides; takes its options out of `settings`."""
-    names = ("size_px", "crop", "max_images", "posterior", "seed", "dtype", "tiling", "background")
-    given = {name: value for name in names if (value := settings.pop(name)) is not None}
+    names = {field.name for field in fields(Protocol)} - {field.name for field in fields(EvaluateOptions)}
+    given = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
     if metrics is not None:
         given["metrics"] = metric_names(metrics)
     changed = {name: value for name, value in given.items() if value != getattr(PRESETS[preset], name)}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvae.cli.check import audit_options, choose_files, read_pixels
-from sdvae.cli.options import json_option
+from sdvae.cli.options import dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
-from sdvae.codec.reports import FileReason
-from sdvae.errors import CheckpointError, ConfigError
+from sdvae.data.sources.files import FileReason
+from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdvae.precision.audit import Audit
@@ -43,8 +43,8 @@ Examples:
 @click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Of the stored weights.  [default: as in VAE]")
 @audit_options
 @click.option("--force", is_flag=True, help="Write a copy even where nothing is to fix.")
-@click.option("--overwrite", is_flag=True, help="Replace a VAE that is in DST.")
-@click.option("--dry-run", is_flag=True, help="Measure, and print what would be done, but write nothing.")
+@overwrite_option("Replace a VAE that is in DST.")
+@dry_run_option("Measure, and print what would be done, but write nothing.")
 @json_option
 @click.pass_context
 def fix_fp16_command(
@@ -69,8 +69,8 @@ def fix_fp16_command(
     Powers of two make the residual stream smaller, and the norms cancel them: the function stays the same, which is
     measured on IMAGES (by default the bundled photographs) before anything is written. Nothing is trained.
     """
-    from sdvae.checkpoints.folders import check_replaceable, new_folder
-    from sdvae.checkpoints.store import keep_card, why_no_vae_folder
+    from sdvae.checkpoints.store import why_no_vae_folder
+    from sdvae.files import check_replaceable
 
     may_be_done = dst.is_dir() and not overwrite and why_no_vae_folder(dst) is None
     if not may_be_done:
@@ -79,7 +79,6 @@ def fix_fp16_command(
     import torch
 
     from sdvae.checkpoints.read import read_checkpoint
-    from sdvae.checkpoints.write import write_diffusers_folder
     from sdvae.model.device import choose_device
     from sdvae.precision.fix import fix_fp16
 
@@ -98,16 +97,12 @@ def fix_fp16_command(
         device=choose_device(device),
         probe_size_px=probe_size_px,
     )
-    is_done = may_be_done and _holds(dst, fix)
+    is_done = may_be_done and fix.is_in(dst)
     if may_be_done and not is_done:
         check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
     writes = (fix.needed or force) and not dry_run and not is_done
     if writes:
-        with new_folder(dst, overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
-            write_diffusers_folder(folder, fix.tensors, fix.fields, fix.notes)
-            if not _holds(folder, fix):
-                raise CheckpointError(f"{dst}: read back with other values than were written: the disk may be damaged")
-            keep_card(dst, folder)
+        fix.save(dst, overwrite=overwrite)
     exit_code = 3 if failures else 0
     if as_json:
         data = {
@@ -127,16 +122,6 @@ def fix_fp16_command(
         _print(fix, dst, writes, dry_run, force, is_done)
         print_reasons("Not read", failures)
     ctx.exit(exit_code)
-
-
-def _holds(folder: Path, fix: Fix) -> bool:
-    """Whether the folder is what this repair would write."""
-    from sdvae.checkpoints.convert.verify import full_config, same_bits
-    from sdvae.checkpoints.read import read_checkpoint
-
-    there = read_checkpoint(folder)
-    is_same = there.notes == fix.notes and full_config(there.fields) == full_config(fix.fields)
-    return is_same and same_bits(there.tensors, fix.tensors)
 
 
 def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_done: bool) -> None:

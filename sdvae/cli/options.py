@@ -20,13 +20,19 @@ from sdvae.codec.options import (
     RunOptions,
 )
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
+from sdvae.processes import is_main_process
 
 __all__ = [
     "announce_vae",
+    "batch_size_option",
     "dataset_options",
+    "device_option",
+    "dry_run_option",
     "encode_options",
     "image_options",
     "json_option",
+    "max_images_option",
+    "overwrite_option",
     "run_options",
     "tiling_options",
     "shard_option",
@@ -48,20 +54,46 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def overwrite_option(help: str) -> Callable[[F], F]:
+    """help: what is replaced."""
+    return click.option("--overwrite", is_flag=True, help=help)
+
+
+def dry_run_option(help: str) -> Callable[[F], F]:
+    """help: what is printed, and what is not done."""
+    return click.option("--dry-run", is_flag=True, help=help)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 vae_option = click.option(
     "--vae", metavar="REF", help="The VAE: a folder, a file or a hub id.  [default: the bundled one]"
 )
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default=RunOptions.device,
+    show_default=True,
+    help="auto: cuda, mps, cpu.",
+)
+
+batch_size_option = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images of one size that go through the VAE together.  [default: what suits the device]",
+)
+
+max_images_option = click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take N images, evenly spaced over the sorted names.",
+)
+
 run_options = _together(
-    click.option(
-        "--device",
-        type=click.Choice(DEVICES),
-        default=RunOptions.device,
-        show_default=True,
-        help="auto: cuda, mps, cpu.",
-    ),
+    device_option,
     click.option(
         "--dtype",
         type=click.Choice(COMPUTE_DTYPES),
@@ -69,12 +101,7 @@ run_options = _together(
         show_default=True,
         help="Precision of the computation.",
     ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Images of one size that go through the VAE together.  [default: what suits the device]",
-    ),
+    batch_size_option,
     click.option(
         "--workers",
         type=click.IntRange(min=1),
@@ -182,15 +209,15 @@ shard_option = click.option(
 )
 
 write_options = _together(
-    click.option("--overwrite", is_flag=True, help="Do again what is done; replace files that sdvae did not write."),
-    click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing."),
+    overwrite_option("Do again what is done; replace files that sdvae did not write."),
+    dry_run_option("Print what would be done, and write nothing."),
     json_option,
 )
 
 
 def announce_vae(vae: str | None) -> None:
-    """Say on stderr which VAE serves where none was given."""
-    if vae is None:
+    """Say on stderr which VAE serves where none was given; of several processes one says it."""
+    if vae is None and is_main_process():
         from sdvae.checkpoints.store import BUNDLED_NAME
 
         note(f"No --vae given: using the bundled {BUNDLED_NAME}.")

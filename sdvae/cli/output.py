@@ -12,8 +12,9 @@ import click
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from sdvae.codec.plan import Plan
-    from sdvae.codec.reports import CodecReport, FileReason
+    from sdvae.codec.planning.plan import Plan
+    from sdvae.codec.reports import CodecReport
+    from sdvae.data.sources.files import FileReason
 
 __all__ = [
     "note",
@@ -72,7 +73,7 @@ def print_fields(data: Mapping[str, Any], indent: str = "") -> None:
 def print_plan(plan: Plan, verb: str) -> None:
     """Every item of a plan in its order, and the counts."""
     for item in plan.items:
-        click.echo(shown(f"{item.action:4}  {item.source} -> {item.output}  ({item.reason})"))
+        click.echo(shown(f"{item.action:4}  {item.path} -> {item.output}  ({item.reason})"))
     click.echo(
         f"Would {verb} {len(plan.jobs)}, skip {len(plan.skips)}, fail {len(plan.failures)}. Nothing was written."
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sdvae.cli.options import json_option
+from sdvae.cli.options import dry_run_option, json_option
 from sdvae.cli.output import note, print_json, shown
 
 __all__ = ["push_command"]
@@ -24,7 +24,7 @@ Examples:
 @click.option("--private", is_flag=True, help="Where the repository is made now: for you and your organization alone.")
 @click.option("--message", metavar="TEXT", help="Title of the commit.  [default: Upload VAE with sdvae]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--dry-run", is_flag=True, help="Check everything on this machine, and upload nothing.")
+@dry_run_option("Check everything on this machine, and upload nothing.")
 @json_option
 def push_command(
     vae: Path, repo: str, private: bool, message: str | None, create_pr: bool, dry_run: bool, as_json: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,15 @@ import click
 
 from sdvae.cli.options import announce_vae, image_options, run_options, tiling_options, vae_option, write_options
 from sdvae.cli.output import print_json, print_plan, print_reasons, print_table, progress, shown
-from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions
 from sdvae.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
     from sdvae.codec.image_encoder import ImageEncoder
-    from sdvae.codec.plan import Item
-    from sdvae.codec.reports import FileReason
+    from sdvae.codec.planning.plan import Item
     from sdvae.codec.run import EncodeRun
     from sdvae.data.contact_sheet import SheetRow
-    from sdvae.data.sources.files import ImageFile
+    from sdvae.data.sources.files import FileReason, ImageFile
 
 __all__ = ["reconstruct_command"]
 
@@ -59,7 +58,7 @@ def reconstruct_command(
     folders.check(settings.overwrite)
     from sdvae.codec.run import EncodeRun
 
-    encoding = EncodeRun(_sources(images, folders.out), folders.latents, vae, settings)
+    encoding = EncodeRun(_sources(images, folders.out), folders.latents, vae, settings, divided=False)
     if dry_run:
         _print_dry_run(encoding, folders, as_json)
         ctx.exit(encoding.plan.exit_code)
@@ -188,7 +187,7 @@ def _print_dry_run(encoding: EncodeRun, folders: Folders, as_json: bool) -> None
 
 
 def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
-    from sdvae.codec.plan import LatentSource
+    from sdvae.codec.planning.decode import LatentSource
     from sdvae.codec.run import DecodeRun
 
     with progress("encode") as on_progress:
@@ -196,11 +195,8 @@ def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
     failed = {failure.key for failure in encoded.failures}
     items = {item.key: item for item in encoding.plan.items if item.key not in failed}
     latents = [LatentSource(item.key, item.output) for item in items.values()]
-    common = {
-        name: getattr(encoding.options, name)
-        for name in ("batch_size", "workers", "tiling", "max_memory", "tile_size", "tile_overlap", "overwrite")
-    }
-    decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common))
+    common = {field.name: getattr(encoding.options, field.name) for field in fields(RunOptions)}
+    decoding = DecodeRun(latents, folders.reconstructions, encoding.vae, DecodeOptions(**common), divided=False)
     with progress("decode") as on_progress:
         decoded = decoding.run(on_progress)
     failed |= {failure.key for failure in decoded.failures}
@@ -236,7 +232,7 @@ def _measure(pairs: Sequence[tuple[Item, Item]], encoder: ImageEncoder) -> tuple
         images.append(
             Reconstruction(
                 key=encoded.key,
-                source=str(encoded.source),
+                source=str(encoded.path),
                 latent=str(encoded.output),
                 reconstruction=str(decoded.output),
                 width=width,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from sdvae.cli.options import overwrite_option
 from sdvae.cli.output import note, shown
 
 __all__ = ["report_command"]
@@ -20,7 +21,7 @@ Examples:
 )
 @click.argument("results", nargs=-1, required=True, type=click.Path(exists=True))
 @click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: report.html beside the first]")
-@click.option("--overwrite", is_flag=True, help="Replace a page that is there.")
+@overwrite_option("Replace a page that is there.")
 def report_command(results: tuple[str, ...], out: Path | None, overwrite: bool) -> None:
     """Render RESULTS, which `sdvae evaluate` wrote as result.json, as one HTML page; no network, no torch.
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvae.cli.options import dry_run_option, overwrite_option
+
 if TYPE_CHECKING:
     from sdvae.training.config import TrainConfig
     from sdvae.training.plan import TrainPlan
@@ -25,8 +27,8 @@ Examples:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting, e.g. training.lr=1e-4."
 )
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in run_dir, bit for bit.")
-@click.option("--overwrite", is_flag=True, help="Start afresh in a run_dir that holds another run, and replace it.")
-@click.option("--dry-run", is_flag=True, help="Print the resolved config, what it trains and needs, and stop.")
+@overwrite_option("Start afresh in a run_dir that holds another run, and replace it.")
+@dry_run_option("Print the resolved config, what it trains and needs, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.pass_context
 def train_command(

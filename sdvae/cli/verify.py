@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.options import dataset_options, json_option
+from sdvae.cli.options import dataset_options, device_option, json_option
 from sdvae.cli.output import print_json, progress, shown
-from sdvae.codec.options import DEVICES
 from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ Examples:
     "--sample", type=click.IntRange(min=1), metavar="N", help=f"Images to encode again.  [default: {_SAMPLE}]"
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of the sample.")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: cuda, mps, cpu.")
+@device_option
 @json_option
 @click.pass_context
 def verify_command(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdvae.codec.plan import Item
+from sdvae.codec.planning.plan import Item
 from sdvae.files import write_atomic
 from sdvae.latents.header import LatentHeader
 from sdvae.latents.manifest import Manifest

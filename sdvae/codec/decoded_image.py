@@ -20,8 +20,9 @@ from PIL import ExifTags, Image
 from sdvae._version import __version__
 from sdvae.errors import ImageError
 from sdvae.files import write_atomic
+from sdvae.latents.header import LatentHeader, VaeRecord
 
-__all__ = ["ImageMark", "read_mark", "save_marked"]
+__all__ = ["ImageMark", "mark_for", "read_mark", "save_marked"]
 
 _ASCII = b"ASCII\0\0\0"  # the character code that EXIF puts before a user comment
 
@@ -43,6 +44,17 @@ class ImageMark:
     vae_digest: str
     dtype: str = "float32"  # of the computation
     quality: int | None = None
+
+
+def mark_for(key: str, header: LatentHeader, vae: VaeRecord, quality: int | None) -> ImageMark:
+    """The mark of the image that this latent decodes to."""
+    return ImageMark(
+        key=key,
+        latent_digest=header.latent_digest,
+        vae_digest=vae.digest,
+        dtype=vae.computation,
+        quality=quality,
+    )
 
 
 def save_marked(pixels: NDArray[np.uint8], path: Path, mark: ImageMark) -> None:

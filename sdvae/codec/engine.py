@@ -1,36 +1,33 @@
-"""The loop that encoding and decoding share: read ahead, batch, compute, write behind, count, and survive bad files.
+"""What encoding and decoding share: a plan's jobs are read, computed, written and counted, and bad files survived.
 
-It knows plans, tensors and threads, and nothing of what a VAE does with a batch.
+It knows plans and outputs, and nothing of what a VAE does with a batch; threads and batches are in `data/batches.py`.
 """
 
 from __future__ import annotations
 
 import errno
-import os
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
-from sdvae.codec.plan import Item, Plan, reason_without_path
-from sdvae.codec.reports import FileReason
-from sdvae.data.prefetch import WriteBehind, group_by_shape, read_ahead
-from sdvae.errors import ConfigError, SdvaeError
-from sdvae.files import remove_leftovers
+from sdvae.codec.planning.plan import Item, Plan
+from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches
+from sdvae.data.sources.files import FileReason
+from sdvae.errors import SdvaeError
 from sdvae.latents.header import LatentHeader
 
-__all__ = ["Member", "OnProgress", "Tally", "carry_out", "prepare_folder"]
-
-OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do
+__all__ = ["CodecTally", "Member", "Work", "carry_out"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -39,62 +36,56 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 class Member:
     """One file that was read: the tensor that goes into a batch, and what its latent file says."""
 
-    item: Item
+    job: Item
     tensor: Tensor  # x (3, H, W) with its padding, or z (C, h, w)
     header: LatentHeader
 
+    @property
+    def size_px(self) -> tuple[int, int]:
+        return self.header.image.width, self.header.image.height
+
 
 @dataclass
-class Tally:
-    """What happened so far."""
+class CodecTally(Tally):
+    """What happened so far, for the report."""
 
-    on_progress: OnProgress | None
-    total: int
     started: float = field(default_factory=time.perf_counter)
-    done: int = 0
     megapixels: float = 0.0
-    failures: list[FileReason] = field(default_factory=list)
     notes: list[FileReason] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     held: list[Member] = field(default_factory=list)  # computed, but not yet in a whole file
-    finished: int = 0  # as was told last: what moves from held to done is not told twice
+    told: int = 0  # what moves from held to done is not told twice
 
     def succeed(self, member: Member) -> None:
         self.done += 1
-        self.megapixels += _pixels(member) / 1e6
-        self.notes += [_about(member.item, note) for note in member.header.notes]
-        self._tell()
+        self.megapixels += math.prod(member.size_px) / 1e6
+        self.notes += [FileReason.of(member.job.key, member.job.path, note) for note in member.header.notes]
+        self.tell()
 
     def hold(self, member: Member) -> None:
         self.held.append(member)
-        self._tell()
+        self.tell()
 
     def release(self) -> list[Member]:
         held, self.held = self.held, []
         return held
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: CodecTally) -> None:
         """Count what was done elsewhere."""
         self.done += other.done
         self.megapixels += other.megapixels
         self.failures += other.failures
         self.notes += other.notes
         self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
-        self._tell()
+        self.tell()
 
-    def fail(self, item: Item, error: Exception) -> None:
-        reason = reason_without_path(error, item.source).removeprefix(f"{item.output}: ")
-        self.failures.append(_about(item, reason))
-        self._tell()
-
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        self.told = max(self.told, self.done + len(self.failures) + len(self.held))
         if self.on_progress is not None:
-            self.finished = max(self.finished, self.done + len(self.failures) + len(self.held))
-            self.on_progress(self.finished, self.total)
+            self.on_progress(self.told, self.total)
 
     def to_fields(self, plan: Plan, out: Path, vae: OpenedVae) -> dict[str, Any]:
         """The fields of a `CodecReport`."""
-        failures = self.failures + [_about(item, item.reason) for item in plan.failures]
+        failures = self.failures + [FileReason.of(item.key, item.path, item.reason) for item in plan.failures]
         return {
             "out": str(out),
             "vae": vae.name,
@@ -112,66 +103,82 @@ class Tally:
         }
 
 
-def carry_out(
-    plan: Plan,
-    out: Path,
-    options: RunOptions,
-    batch_pixels: int,
-    *,
-    read: Callable[[Item], Member],
-    compute: Callable[[Sequence[Member]], Sequence[Tensor]],
-    write: Callable[[Member, Tensor], None],
-    on_progress: OnProgress | None,
-    if_out_of_memory: str,
-    finish: Callable[[Path], None] | None = None,
-) -> Tally:
-    """Do the jobs of a plan: `read` and `write` in threads, `compute` in this one.
+class Work(ABC):
+    """What is done with each file of a plan: `read` and `write` in threads, `compute` in the main one."""
 
-    if_out_of_memory: advice for an image that does not fit even alone.
-    batch_pixels: how large batches are where the options leave it open.
-    finish: for outputs of many files: called with each output once all its jobs went through `write`, or failed. The
-        outputs then come one after the other, so that no more than one is held in memory.
-    A file that fails in any of the three is recorded. Interrupted at any moment, every output is whole or not there.
+    out: Path
+    options: RunOptions
+    vae: OpenedVae
+    if_out_of_memory: ClassVar[str]  # advice for an image that does not fit even alone
+
+    @abstractmethod
+    def read(self, item: Item) -> Member:
+        """Raises: SdvaeError for a file that cannot be read."""
+
+    @abstractmethod
+    def compute(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+        """What `write` is given for each member of a batch of one shape."""
+
+    @abstractmethod
+    def write(self, member: Member, computed: Tensor) -> None:
+        """Raises: SdvaeError, OSError."""
+
+    @property
+    def by_output(self) -> bool:
+        """Whether files share an output, which `finish` writes. The outputs then come one after the other."""
+        return False
+
+    def finish(self, output: Path) -> None:
+        """Write an output all of whose files went through `write`, or failed. Raises: SdvaeError, OSError."""
+        raise NotImplementedError
+        raise NotImplementedError
+
+
+def carry_out(work: Work, plan: Plan, on_progress: OnProgress | None = None) -> CodecTally:
+    """Do the jobs of a plan.
+
+    A file that fails is recorded. Interrupted at any moment, every output is whole or not there.
     Raises: SdvaeError where the disk is full.
     """
-    tally = Tally(on_progress, total=len(plan.jobs))
+    options = work.options
+    tally = CodecTally(on_progress, total=len(plan.jobs))
 
     def on_done(member: Member, error: Exception | None) -> None:
         if error is not None:
             record(error, [member])
-        elif finish is None:
-            tally.succeed(member)
-        else:
+        elif work.by_output:
             tally.hold(member)
+        else:
+            tally.succeed(member)
 
     def record(error: Exception, members: Sequence[Member]) -> None:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise _disk_full(error, out, tally) from error
-        for member in members:
+            raise _disk_full(error, work.out, tally) from error
+        for job in (member.job for member in members):
+            reason = str(error).removeprefix(f"{job.output}: ")
             if isinstance(error, OSError):
-                reason = f"{member.item.output} cannot be written: {error.strerror or error}"
-                tally.fail(member.item, SdvaeError(reason))
-            else:
-                tally.fail(member.item, error)
+                reason = f"{job.output} cannot be written: {error.strerror or error}"
+            tally.fail(job, SdvaeError(reason))
 
-    split = _Splitting(compute, tally.warnings, if_out_of_memory)
-    for jobs in [plan.jobs] if finish is None else _by_output(plan.jobs):
-        loaded = read_ahead(jobs, read, _pixels, options.num_workers)
-        with (
-            closing(loaded),
-            WriteBehind(options.num_workers, on_done) as writer,
-            torch.inference_mode(),
-        ):
-            for batch in group_by_shape(_readable(loaded, tally), _shape, _pixels, options.batch_size, batch_pixels):
-                for member, result in zip(batch, split(batch), strict=True):
-                    if isinstance(result, Exception):
-                        tally.fail(member.item, result)
-                    else:
-                        writer.submit(member, partial(write, member, result), _pixels(member))
-        if finish is not None:
+    for jobs in _by_output(plan.jobs) if work.by_output else [plan.jobs]:
+        computed = compute_batches(
+            jobs,
+            work.read,
+            work.compute,
+            tally,
+            workers=options.num_workers,
+            batch_size=options.batch_size,
+            batch_pixels=work.vae.batch_pixels,
+            if_out_of_memory=work.if_out_of_memory,
+        )
+        with closing(computed), WriteBehind(options.num_workers, on_done) as writer:
+            for members, results in computed:
+                for member, result in zip(members, results, strict=True):
+                    writer.submit(member, partial(work.write, member, result), math.prod(member.size_px))
+        if work.by_output:
             held = tally.release()
             try:
-                finish(jobs[0].output)
+                work.finish(jobs[0].output)
             except (OSError, SdvaeError) as error:
                 record(error, held)
             else:
@@ -187,91 +194,9 @@ def _by_output(jobs: Sequence[Item]) -> list[Sequence[Item]]:
     return list(groups.values())
 
 
-def _shape(member: Member) -> torch.Size:
-    return member.tensor.shape
-
-
-def _pixels(member: Member) -> int:
-    return member.header.image.width * member.header.image.height
-
-
-def _readable(loaded: Iterable[tuple[Item, Member | Exception]], tally: Tally) -> Iterator[Member]:
-    for item, result in loaded:
-        if isinstance(result, Exception):
-            tally.fail(item, result)
-        else:
-            yield result
-
-
-class _Splitting:
-    """Computes a batch; one that fails is tried again image by image, so that only the bad ones are lost.
-
-    Once memory ran out, all batches that follow go image by image too: the next large one would only fail again.
-    """
-
-    def __init__(
-        self, compute: Callable[[Sequence[Member]], Sequence[Tensor]], warnings: list[str], advice: str
-    ) -> None:
-        self._compute = compute
-        self._advice = advice
-        self._warnings = warnings
-        self._singly = False
-
-    def __call__(self, batch: Sequence[Member]) -> list[Tensor | Exception]:
-        if self._singly or len(batch) == 1:
-            return [self._one(member) for member in batch]
-        try:
-            return list(self._compute(batch))
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if _is_out_of_memory(error):
-                self._singly = True
-                self._warnings.append(f"out of memory with a batch of {len(batch)}: went on image by image")
-        except SdvaeError:  # a size that does not fit into the memory that is allowed
-            pass
-        # Only here, where the exception is gone: its frames hold the tensors of the failed batch.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return [self._one(member) for member in batch]
-
-    def _one(self, member: Member) -> Tensor | Exception:
-        try:
-            return self._compute([member])[0]
-        except RuntimeError as error:
-            size = f"{member.header.image.width} x {member.header.image.height} px"
-            if _is_out_of_memory(error):
-                return SdvaeError(f"out of memory at {size}: {self._advice}")
-            return SdvaeError(f"the VAE failed at {size}: {error}")
-        except SdvaeError as error:
-            return error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS, CPU on Linux, on Windows
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def prepare_folder(plan: Plan, out: Path) -> None:
-    """Make the output folder, where it is not there, and remove what killed runs left in it. Raises: ConfigError."""
-    _make_folder(out)
-    remove_leftovers({out} | {item.output.parent for item in plan.items})
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out}: this folder cannot be made: {error.strerror}") from error
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"{out}: this folder cannot be written to")
-
-
-def _disk_full(error: OSError, out: Path, tally: Tally) -> SdvaeError:
+def _disk_full(error: OSError, out: Path, tally: CodecTally) -> SdvaeError:
     free = shutil.disk_usage(out).free
     return SdvaeError(
         f"{out}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written and are "
         "whole; make room, then run the same command again to continue"
     )
-
-
-def _about(item: Item, reason: str) -> FileReason:
-    return FileReason(key=item.key, source=str(item.source), reason=reason)

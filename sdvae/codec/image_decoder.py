@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
-from sdvae.codec.decoded_image import save_marked
-from sdvae.codec.engine import Member, OnProgress, Tally, carry_out
+from sdvae.codec.decoded_image import mark_for, save_marked
+from sdvae.codec.engine import Member, Work
 from sdvae.codec.image_encoder import to_device
 from sdvae.codec.options import DecodeOptions
-from sdvae.codec.plan import Item, Plan, mark_for
+from sdvae.codec.planning.plan import Item
 from sdvae.data.images import x_to_image
 from sdvae.data.transforms import unpad
 from sdvae.errors import LatentFileError
@@ -22,45 +23,33 @@ from sdvae.latents.safetensors import LatentFile
 __all__ = ["ImageDecoder"]
 
 
-class ImageDecoder:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageDecoder(Work):
     """Does jobs of a plan with a VAE: latent file -> image file."""
 
-    def __init__(self, out: Path, options: DecodeOptions, vae: OpenedVae) -> None:
-        self.out = out
-        self.options = options
-        self.vae = vae
-        self.record = VaeRecord.of(vae)
+    out: Path
+    options: DecodeOptions
+    vae: OpenedVae
+    record: VaeRecord  # of the VAE
 
-    def decode(self, plan: Plan, on_progress: OnProgress | None = None) -> Tally:
-        """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
-        return carry_out(
-            plan,
-            self.out,
-            self.options,
-            self.vae.batch_pixels,
-            read=self._read,
-            compute=self._decode,
-            write=self._write,
-            on_progress=on_progress,
-            if_out_of_memory="use a lower --max-memory, or a device with more memory",
-        )
+    if_out_of_memory = "use a lower --max-memory, or a device with more memory"
 
-    def _read(self, item: Item) -> Member:
-        file = LatentFile.read(item.source)
+    def read(self, item: Item) -> Member:
+        file = LatentFile.read(item.path)
         z, channels, ratio = file.z(), self.vae.latent_channels, self.vae.spatial_compression_ratio
         if (z.shape[0], file.header.vae.spatial_compression_ratio) != (channels, ratio):
             raise LatentFileError(
-                f"{item.source}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
+                f"{item.path}: {z.shape[0]} channels at {file.header.vae.spatial_compression_ratio} px per position; "
                 f"this VAE decodes {channels} at {ratio}"
             )
         return Member(item, z, file.header)
 
-    def _decode(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+    def compute(self, batch: Sequence[Member]) -> Sequence[Tensor]:
         """Recon of each latent, (3, H, W) with the padding, on the device."""
         z = to_device([member.tensor for member in batch], self.vae)  # (B, C, h, w)
         return list(self.vae.model.decode(z).sample)
 
-    def _write(self, member: Member, recon: Tensor) -> None:
-        item, header = member.item, member.header
-        pixels = x_to_image(unpad(recon.cpu(), header.image.height, header.image.width))
-        save_marked(pixels, item.output, mark_for(item.key, header, self.options, self.record))
+    def write(self, member: Member, computed: Tensor) -> None:
+        item, header = member.job, member.header
+        pixels = x_to_image(unpad(computed.cpu(), header.image.height, header.image.width))
+        save_marked(pixels, item.output, mark_for(item.key, header, self.record, self.options.quality))

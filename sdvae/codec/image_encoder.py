@@ -14,16 +14,18 @@ from torch import Tensor
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import Member, OnProgress, Tally, carry_out
+from sdvae.codec.engine import Member, Work
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.plan import Item, Plan, why_no_bucket
-from sdvae.data.images import DEFAULT_MAX_PIXELS, JPEG_MARGIN, PREPROCESSING_VERSION, image_to_x, read_image_bytes
+from sdvae.codec.planning.encode import preprocessing_of
+from sdvae.codec.planning.kohya import why_no_bucket
+from sdvae.codec.planning.plan import Item
+from sdvae.data.images import DEFAULT_MAX_PIXELS, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop
-from sdvae.errors import ConfigError, ImageError
+from sdvae.errors import ImageError
+from sdvae.latents.formats import SHARDED_FORMATS
 from sdvae.latents.header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
-from sdvae.latents.kohya import CHANNELS, RATIO, mirrored_key
-from sdvae.latents.parquet import check_installed
+from sdvae.latents.kohya import mirrored_key
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
 __all__ = ["ImageEncoder", "LoadedImage", "load_image", "to_device"]
@@ -63,55 +65,28 @@ def load_image(file: ImageFile, preprocessing: Preprocessing, max_pixels: int | 
     return LoadedImage(source=source, pixels=pixels, notes=read.notes)
 
 
-class ImageEncoder:
-    """Does jobs of a plan with a VAE: image file -> latent in a file of the cache.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageEncoder(Work):
+    """Does jobs of a plan with a VAE: image file -> latent in a file of the cache."""
 
-    Raises: ConfigError where the format cannot hold what this VAE and these options give.
-    """
+    out: Path
+    options: EncodeOptions
+    vae: OpenedVae
+    record: VaeRecord  # of the VAE
+    writer: CacheWriter
 
-    def __init__(self, out: Path, options: EncodeOptions, vae: OpenedVae, record: VaeRecord | None = None) -> None:
-        _check_format(options, vae)
-        self.out = out
-        self.options = options
-        self.vae = vae
-        self.record = record or VaeRecord.of(vae)
-        self.preprocessing = Preprocessing(
-            version=PREPROCESSING_VERSION,
-            background=options.background,
-            size=options.size,
-            crop=options.crop,
-            jpeg_margin=None if options.size is None else JPEG_MARGIN,
-        )
-
-    def encode(self, plan: Plan, writer: CacheWriter, on_progress: OnProgress | None = None) -> Tally:
-        """Do the jobs of a plan. Raises: SdvaeError where the disk is full."""
-
-        def write(member: Member, moments: Tensor) -> None:
-            writer.add(member.item.output, member.header, self._tensors(member.header, moments.float().cpu()))
-
-        return carry_out(
-            plan,
-            self.out,
-            self.options,
-            self.vae.batch_pixels,
-            read=self._read,
-            compute=self._encode,
-            write=write,
-            on_progress=on_progress,
-            if_out_of_memory="use a smaller --size, a lower --max-memory, or a device with more memory",
-            finish=writer.finish if writer.format.is_sharded else None,
-        )
+    if_out_of_memory = "use a smaller --size, a lower --max-memory, or a device with more memory"
 
     def load(self, item: Item) -> LoadedImage:
         """The image of an item, as it goes into the VAE. Raises: ImageError."""
-        file = ImageFile(item.key, item.source, item.member)
-        return load_image(file, self.preprocessing, self.options.max_pixels)
+        file = ImageFile(item.key, item.path, item.member)
+        return load_image(file, preprocessing_of(self.options), self.options.max_pixels)
 
-    def _read(self, item: Item) -> Member:
+    def read(self, item: Item) -> Member:
         image = self.load(item)
         height, width = image.pixels.shape[:2]
         if self.options.format == "kohya-npz" and (reason := why_no_bucket(width, height)):
-            raise ImageError(f"{item.source}: {reason}")  # it changed since the plan, which refuses such images
+            raise ImageError(f"{item.path}: {reason}")  # it changed since the plan, which refuses such images
         x, padding = pad_to_multiple(image_to_x(image.pixels), self.vae.spatial_compression_ratio)
         header = LatentHeader(
             space="moments" if self.options.store == "moments" else "z",
@@ -121,14 +96,14 @@ class ImageEncoder:
             source=image.source,
             image=Size(width=width, height=height),
             padding=Padding(**asdict(padding)),
-            preprocessing=self.preprocessing,
+            preprocessing=preprocessing_of(self.options),
             vae=self.record,
             notes=image.notes,
             sdvae_version=__version__,
         )
         return Member(item, x, header)
 
-    def _encode(self, batch: Sequence[Member]) -> Sequence[Tensor]:
+    def compute(self, batch: Sequence[Member]) -> Sequence[Tensor]:
         """Moments of each image, (2 * C, h, w), on the device; with `flip` those of the mirrored image follow."""
         x = to_device([member.tensor for member in batch], self.vae)  # (B, 3, H, W)
         moments = self.vae.model.encode(x).latent_dist.parameters
@@ -136,6 +111,16 @@ class ImageEncoder:
             mirrored = self.vae.model.encode(x.flip(-1)).latent_dist.parameters
             moments = torch.cat((moments, mirrored), dim=1)  # (B, 4 * C, h, w)
         return list(moments)
+
+    def write(self, member: Member, computed: Tensor) -> None:
+        self.writer.add(member.job.output, member.header, self._tensors(member.header, computed.float().cpu()))
+
+    @property
+    def by_output(self) -> bool:
+        return self.options.format in SHARDED_FORMATS
+
+    def finish(self, output: Path) -> None:
+        self.writer.finish(output)
 
     def _tensors(self, header: LatentHeader, moments: Tensor) -> dict[str, Tensor]:
         """What the file is to hold, each (C, h, w)."""
@@ -156,22 +141,6 @@ class ImageEncoder:
         if not self.options.draws:
             return posterior.mode()[0]
         return posterior.sample(image_generator(self.options.seed, key))[0]
-
-
-def _check_format(options: EncodeOptions, vae: OpenedVae) -> None:
-    """Raises: ConfigError where the format cannot hold what this VAE and these options give."""
-    if options.format == "parquet":
-        check_installed()
-    if options.format != "kohya-npz":
-        return
-    channels, ratio = vae.latent_channels, vae.spatial_compression_ratio
-    if (channels, ratio) != (CHANNELS, RATIO):
-        raise ConfigError(
-            f"kohya's SD and SDXL trainers take latents of {CHANNELS} channels at {RATIO} px per position; "
-            f"{vae.name} has {channels} at {ratio}: choose another --format"
-        )
-    if options.size is not None and options.crop != "none" and options.size % RATIO:
-        raise ConfigError(f"size is {options.size}; kohya's buckets are multiples of {RATIO} px, most often of 64")
 
 
 def to_device(tensors: Sequence[Tensor], vae: OpenedVae) -> Tensor:

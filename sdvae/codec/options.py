@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sdvae.data.prefetch import default_workers
+from sdvae.data.batches import default_workers
 from sdvae.errors import ConfigError
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES, SHARDED_FORMATS
 from sdvae.latents.parts import WHOLE, Part
@@ -27,6 +27,7 @@ __all__ = [
     "TILINGS",
     "DecodeOptions",
     "EncodeOptions",
+    "RunOptions",
     "parse_bytes",
 ]
 

@@ -20,12 +20,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.opened import VaeRef, open_vae
+from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import OnProgress, Tally
+from sdvae.codec.engine import CodecTally, carry_out
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.plan import Item, Plan
+from sdvae.codec.planning.plan import Item, Plan
+from sdvae.data.batches import OnProgress
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.files import remove_leftovers
 from sdvae.latents.header import VaeRecord
@@ -43,7 +44,7 @@ _RAY_BLOCKS = 2000  # Ray keeps a book about each; beyond, a block of Ray's hold
 class _BlockResult:
     """What a worker did with a block."""
 
-    tally: Tally
+    tally: CodecTally
     written: Manifest
     device: str
 
@@ -52,13 +53,14 @@ class _Worker:
     """A process with a VAE, for Ray Data; it encodes one block after another."""
 
     def __init__(self, out: Path, options: EncodeOptions, vae: VaeRef, expected: VaeRecord) -> None:
-        self.encoder: ImageEncoder | None = None
+        self.out, self.options, self.expected = out, options, expected
+        self.vae: OpenedVae | None = None
         self.error: SdvaeError | None = None
         try:
-            loaded = open_vae(vae, **options.opening)
-            if loaded.digest != expected.digest:
+            vae = open_vae(vae, **options.opening)
+            if vae.digest != expected.digest:
                 raise ConfigError(f"{expected.name}: a worker finds another VAE there than this process does")
-            self.encoder = ImageEncoder(out, options, loaded, expected)
+            self.vae = vae
         except SdvaeError as error:  # told with the first block: Ray would try for ever to start a worker that raises
             self.error = error
 
@@ -66,14 +68,15 @@ class _Worker:
         return {"result": [pickle.dumps(self._encode(pickle.loads(block))) for block in batch["block"]]}
 
     def _encode(self, jobs: tuple[Item, ...]) -> _BlockResult | SdvaeError:
-        if self.encoder is None:
+        if self.vae is None:
             return self.error or SdvaeError("the worker has no VAE")
-        writer = CacheWriter(self.encoder.out, self.encoder.options.format, jobs)
+        writer = CacheWriter(self.out, self.options.format, jobs)
+        encoder = ImageEncoder(out=self.out, options=self.options, vae=self.vae, record=self.expected, writer=writer)
         try:
-            tally = self.encoder.encode(Plan(items=jobs), writer)
+            tally = carry_out(encoder, Plan(items=jobs))
         except SdvaeError as error:  # the disk is full: this ends the run
             return error
-        return _BlockResult(tally=tally, written=writer.written, device=str(self.encoder.vae.device))
+        return _BlockResult(tally=tally, written=writer.written, device=str(self.vae.device))
 
 
 def check_installed() -> None:
@@ -92,7 +95,7 @@ def encode_on_ray(
     record: VaeRecord,
     written: Manifest,
     on_progress: OnProgress | None = None,
-) -> tuple[Tally, str]:
+) -> tuple[CodecTally, str]:
     """Do the jobs of a plan on the cluster of RAY_ADDRESS, or on a Ray of this machine's that ends with the run.
 
     out: on the machines of the workers the same folder, by the same path; so are the images and the VAE.
@@ -101,7 +104,7 @@ def encode_on_ray(
     Returns: what happened, and the devices of the workers.
     Raises: ConfigError where a worker cannot load the VAE; SdvaeError where the disk is full, or Ray fails.
     """
-    tally, devices = Tally(on_progress, total=len(plan.jobs)), set[str]()
+    tally, devices = CodecTally(on_progress, total=len(plan.jobs)), set[str]()
     if not plan.jobs:
         return tally, options.device
     import ray
@@ -130,7 +133,7 @@ def encode_on_ray(
 
 def _absolute(job: Item) -> Item:
     member = job.member.absolute() if job.member else None
-    return replace(job, source=job.source.absolute(), output=job.output.absolute(), member=member)
+    return replace(job, path=job.path.absolute(), output=job.output.absolute(), member=member)
 
 
 def _blocks(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:

@@ -7,16 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-__all__ = ["CodecReport", "DecodeReport", "EncodeReport", "FileReason", "join_reports"]
+from sdvae.data.sources.files import FileReason
 
-
-@dataclass(frozen=True, kw_only=True)
-class FileReason:
-    """Something to say about one input file."""
-
-    key: str  # path below the input folder, with "/"
-    source: str
-    reason: str
+__all__ = ["CodecReport", "DecodeReport", "EncodeReport", "join_reports"]
 
 
 @dataclass(frozen=True, kw_only=True)

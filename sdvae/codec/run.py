@@ -1,38 +1,49 @@
 """`encode_folder` and `decode_folder`: everything that is needed, looked up and planned, then done.
 
-`plan.py` decides what is to be done; `image_encoder.py` and `image_decoder.py` do it for each file.
+`planning/` decides what is to be done; `image_encoder.py` and `image_decoder.py` do it for each file. Processes that a
+launcher started (accelerate launch, torchrun) divide the files, and each has the plan and the report of all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from sdvae.checkpoints.opened import VaeRef, open_vae
 from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import OnProgress, Tally, prepare_folder
+from sdvae.codec.engine import carry_out
 from sdvae.codec.image_decoder import ImageDecoder
 from sdvae.codec.image_encoder import ImageEncoder
-from sdvae.codec.launched import join_launched
-from sdvae.codec.options import DecodeOptions, EncodeOptions
-from sdvae.codec.plan import LatentSource, find_latents, plan_decode, plan_encode
+from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions
+from sdvae.codec.planning.decode import LatentSource, find_latents, plan_decode
+from sdvae.codec.planning.encode import check_format, plan_encode
+from sdvae.codec.planning.plan import Plan
 from sdvae.codec.reports import DecodeReport, EncodeReport, join_reports
+from sdvae.data.batches import OnProgress
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.sources.find import find_inputs
 from sdvae.errors import ConfigError
+from sdvae.files import remove_leftovers
+from sdvae.latents.header import VaeRecord
 from sdvae.latents.kohya import SCALING_FACTORS
 from sdvae.latents.listing import CacheListing, merge_finished_parts
-from sdvae.latents.manifest import Manifest
-from sdvae.latents.parts import WHOLE
+from sdvae.latents.parts import WHOLE, Part
 from sdvae.model.scale import LatentScale
+from sdvae.processes import Processes, count_processes, join_processes
 
-__all__ = ["DecodeRun", "EncodeRun", "decode_folder", "encode_folder"]
+__all__ = ["DecodeRun", "EncodeRun", "decode_folder", "encode_folder", "join_launched"]
+
+Options = TypeVar("Options", bound=RunOptions)
 
 
 class EncodeRun:
     """Images -> latent files: everything that is needed, looked up and planned; `run` does it.
 
+    plan: of this process. divided: whether the processes of a launcher divide the images; else each does all.
     Raises: ConfigError for images, options or an output folder that cannot be; CheckpointError for the VAE.
     """
 
@@ -42,29 +53,51 @@ class EncodeRun:
         out: str | Path,
         vae: VaeRef = None,
         options: EncodeOptions | None = None,
+        *,
+        divided: bool = True,
     ) -> None:
-        self.options = options or EncodeOptions()
+        options = options or EncodeOptions()
+        self.processes, self.options = join_launched(options) if divided else (Processes(), options)
         self.out = Path(out)
         if isinstance(images, (str, Path)):
-            dataset = {name: getattr(self.options, name) for name in ("split", "subset", "image_column")}
-            images = find_inputs(images, **dataset)
+            which = {"split": options.split, "subset": options.subset, "image_column": options.image_column}
+            images = find_inputs(images, **which)
         self._on_ray = self.options.engine == "ray"
         if self._on_ray:
             _check_ray(vae)
         self._ref = vae
         self.vae = open_vae(vae, **self.options.opening | ({"device": "cpu"} if self._on_ray else {}))
-        self.encoder = ImageEncoder(self.out, self.options, self.vae)
-        self.plan = plan_encode(images, self.out, self.options, self.encoder.preprocessing, self.encoder.record)
+        check_format(self.options, self.vae)
+        record = VaeRecord.of(self.vae)
+        self.plan = plan_encode(images, self.out, self.options, record)
+        self.encoder = ImageEncoder(
+            out=self.out,
+            options=self.options,
+            vae=self.vae,
+            record=record,
+            writer=CacheWriter(self.out, self.options.format, self.plan.jobs),
+        )
+
+    def plan_of_all(self) -> Plan:
+        return Plan.joined(self.processes.gather(self.plan))
 
     def run(self, on_progress: OnProgress | None = None) -> EncodeReport:
-        """Encode what the plan says. Raises: SdvaeError where the disk is full."""
-        prepare_folder(self.plan, self.out)
+        """Encode what the plan says. Returns: the report of all processes. Raises: SdvaeError for a full disk."""
+        on_progress = on_progress if self.processes.is_main else None
+        _prepare_folder(self.plan, self.out)
         listing = CacheListing(self.out, self.options.format, self.options.part)
         outputs = [item.output for item in self.plan.items if item.action != "fail"]
         listing.begin(outputs, replaced=[job.output for job in self.plan.jobs])
-        written = Manifest(format=self.options.format)
+        written = self.encoder.writer.written
         try:
-            tally, device = self._carry_out(written, on_progress)
+            if self._on_ray:
+                from sdvae.codec.ray import encode_on_ray
+
+                tally, device = encode_on_ray(
+                    self.plan, self.out, self.options, self._ref, self.encoder.record, written, on_progress
+                )
+            else:
+                tally, device = carry_out(self.encoder, self.plan, on_progress), str(self.vae.device)
         except BaseException:
             with contextlib.suppress(OSError):  # the next run completes the list
                 listing.close(written, complete=False, num_failed=0)
@@ -76,29 +109,14 @@ class EncodeRun:
         if self.options.part != WHOLE:
             merged, warnings = merge_finished_parts(self.out)
             manifest, fields["warnings"] = merged or manifest, (*fields["warnings"], *warnings)
-        return EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
-
-    def _carry_out(self, written: Manifest, on_progress: OnProgress | None) -> tuple[Tally, str]:
-        """Do the jobs of the plan. Returns: what happened, and on which device.
-
-        written: takes the files that were written, also where this raises.
-        """
-        if self._on_ray:
-            from sdvae.codec.ray import encode_on_ray
-
-            return encode_on_ray(
-                self.plan, self.out, self.options, self._ref, self.encoder.record, written, on_progress
-            )
-        writer = CacheWriter(self.out, self.options.format, self.plan.jobs)
-        try:
-            return self.encoder.encode(self.plan, writer, on_progress), str(self.vae.device)
-        finally:
-            written.update(writer.written)
+        report = EncodeReport(**fields, format=self.options.format, manifest=str(manifest))
+        return join_reports(self.processes.gather(report))
 
 
 class DecodeRun:
     """Latent files -> images: everything that is needed, looked up and planned; `run` does it.
 
+    plan, divided: as of `EncodeRun`.
     Raises: ConfigError for latents, options or an output folder that cannot be; CheckpointError for the VAE;
         LatentFileError where all latents are of another VAE.
     """
@@ -109,19 +127,27 @@ class DecodeRun:
         out: str | Path,
         vae: VaeRef = None,
         options: DecodeOptions | None = None,
+        *,
+        divided: bool = True,
     ) -> None:
-        self.options = options or DecodeOptions()
+        options = options or DecodeOptions()
+        self.processes, self.options = join_launched(options) if divided else (Processes(), options)
         self.out = Path(out)
         files = find_latents(latents) if isinstance(latents, (str, Path)) else latents
         self.vae = open_vae(vae, **self.options.opening)
-        self.decoder = ImageDecoder(self.out, self.options, self.vae)
-        self.plan = plan_decode(files, self.out, self.options, self.decoder.record)
+        record = VaeRecord.of(self.vae)
+        self.plan = plan_decode(files, self.out, self.options, record)
+        self.decoder = ImageDecoder(out=self.out, options=self.options, vae=self.vae, record=record)
+
+    def plan_of_all(self) -> Plan:
+        return Plan.joined(self.processes.gather(self.plan))
 
     def run(self, on_progress: OnProgress | None = None) -> DecodeReport:
-        """Decode what the plan says. Raises: SdvaeError where the disk is full."""
-        prepare_folder(self.plan, self.out)
-        tally = self.decoder.decode(self.plan, on_progress)
-        return DecodeReport(**tally.to_fields(self.plan, self.out, self.vae))
+        """Decode what the plan says. Returns: the report of all processes. Raises: SdvaeError for a full disk."""
+        _prepare_folder(self.plan, self.out)
+        tally = carry_out(self.decoder, self.plan, on_progress if self.processes.is_main else None)
+        report = DecodeReport(**tally.to_fields(self.plan, self.out, self.vae))
+        return join_reports(self.processes.gather(report))
 
 
 def encode_folder(
@@ -142,9 +168,7 @@ def encode_folder(
     Files that fail are recorded in the report, and the rest goes on.
     Raises: ConfigError and CheckpointError before anything is written; SdvaeError if the disk is full.
     """
-    processes, options = join_launched(options or EncodeOptions())
-    report = EncodeRun(images, out, vae, options).run(on_progress if processes.is_main else None)
-    return join_reports(processes.gather(report))
+    return EncodeRun(images, out, vae, options).run(on_progress)
 
 
 def decode_folder(
@@ -164,9 +188,38 @@ def decode_folder(
     and the rest goes on.
     Raises: ConfigError, CheckpointError and LatentFileError before anything is written; SdvaeError if the disk is full.
     """
-    processes, options = join_launched(options or DecodeOptions())
-    report = DecodeRun(latents, out, vae, options).run(on_progress if processes.is_main else None)
-    return join_reports(processes.gather(report))
+    return DecodeRun(latents, out, vae, options).run(on_progress)
+
+
+def join_launched(options: Options) -> tuple[Processes, Options]:
+    """Meet the other processes that the same launcher started, each with its part and its CUDA device.
+
+    Returns: this process among them, and the options for it.
+    Raises: ConfigError if the options divide the work already, or the launcher does not say where to meet.
+    """
+    count = count_processes()
+    if count > 1 and options.shard is not None:
+        raise ConfigError(
+            f"shard is '{options.shard}', but a launcher started {count} processes (WORLD_SIZE), which divide the "
+            "images among themselves: leave out --shard, or start one process"
+        )
+    if count > 1 and isinstance(options, EncodeOptions) and options.engine != "local":
+        raise ConfigError(f"engine is {options.engine}, which starts its workers itself: run it without a launcher")
+    processes = join_processes(options.device)
+    if count > 1:
+        options = replace(options, shard=str(Part(processes.rank + 1, count)))
+    return processes, options
+
+
+def _prepare_folder(plan: Plan, out: Path) -> None:
+    """Make the output folder, where it is not there, and remove what killed runs left in it. Raises: ConfigError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: this folder cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"{out}: this folder cannot be written to")
+    remove_leftovers({out} | {item.output.parent for item in plan.items})
 
 
 def _check_ray(vae: VaeRef) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, VaeRef
 from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
-from sdvae.codec.plan import reason_without_path
 from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
 from sdvae.codec.verify_report import Problem, VerifyReport
 from sdvae.data.images import PREPROCESSING_VERSION
+from sdvae.data.sources.files import reason_without_path
 from sdvae.data.sources.find import ImagesByKey
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.latents import kohya

@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import re
-import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from PIL import Image, ImageCms, ImageColor, ImageFile, UnidentifiedImageError
 
 from sdvae.data.sources.files import os_reason, refuse_unless_file
 from sdvae.errors import ConfigError, ImageError, SdvaeError
+from sdvae.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,11 +208,9 @@ def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) 
 
     quality: 1 to 100. None: WebP without loss, JPEG at 95; JPEG always keeps the full colour resolution (4:4:4).
     PNG has no quality.
-    The file appears under its name complete or not at all: it is written under a temporary name in the same folder
-    (a leading dot, the suffix .tmp) and renamed. It is not flushed to the device: a killed process leaves no half
-    file, a power cut may.
+    The file appears under its name complete or not at all.
     Raises: ConfigError for another suffix or a quality that does not fit; ImageError where the format cannot hold
-    the size; OSError as it comes, when the disk is full for example.
+    the size; OSError as it comes, when the disk is full or the folder missing for example.
     """
     path = Path(path)
     options = _save_options(path, quality)
@@ -223,15 +220,10 @@ def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) 
     limit = {"WEBP": 16383, "JPEG": 65500}.get(options["format"], 2**31 - 1)  # libwebp, libjpeg
     if max(height, width) > limit:
         raise ImageError(f"{path}: {width} x {height} px, but {options['format']} ends at {limit}: write .png instead")
-    # Not made from the file's own name, which may be as long as names can be.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            Image.fromarray(np.ascontiguousarray(pixels)).save(file, **options)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, **options)
+    path.parent.stat()  # a wrong path is not to make folders
+    write_atomic(buffer.getvalue(), path)
 
 
 def _save_options(path: Path, quality: int | None) -> dict[str, Any]:

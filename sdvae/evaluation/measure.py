@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
+from sdvae.data.batches import group_by_shape
 from sdvae.data.images import round_to_8_bits
-from sdvae.data.prefetch import group_by_shape
 from sdvae.evaluation.blocks import Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.plan import ORIGINALS

@@ -14,7 +14,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from sdvae.data.prefetch import default_workers, read_ahead
+from sdvae.data.batches import default_workers, read_ahead
 from sdvae.errors import ConfigError, OutputExistsError, SdvaeError
 from sdvae.evaluation.blocks import BlockStore
 from sdvae.evaluation.conclude import conclude

@@ -21,7 +21,7 @@ from sdvae.latents.manifest import (
     PartState,
     find_part_manifests,
     manifest_name,
-    read_manifest,
+    read_lines,
     read_state,
 )
 from sdvae.latents.parts import WHOLE, Part
@@ -54,13 +54,17 @@ class CacheListing:
         own = self.out / manifest_name(self.part)
         # From here on the lines of runs that were divided otherwise are this run's; those of parts beside it are not.
         others = [path for part, path in manifests.items() if part.count != self.part.count]
+        files: list[Path] = []
+        if lost or others:
+            files = self._own_files() if self.part != WHOLE else FORMATS[self.format].find_files(self.out)
         self._known = read_lines([own] if own.is_file() and not others else [self.out / MANIFEST_NAME, *others, own])
         self._known.format = self.format
         if lost or others:
-            files = self._own_files() if self.part != WHOLE else FORMATS[self.format].find_files(self.out)
             kept = {self._relative(path) for path in files} - lost
             true = {path for path in kept & self._known.files.keys() if self._known.files[path].is_unchanged(self.out)}
-            self._write(self._known.only(true), complete=False, num_failed=0)
+            kept_lines = self._known.only(true)
+            kept_lines.state = self._state(complete=False)
+            kept_lines.write(self.out)
         if lost and self.part != WHOLE:
             # after the line above, which tells whoever joins the parts now that it is too early
             (self.out / MANIFEST_NAME).unlink(missing_ok=True)
@@ -76,7 +80,9 @@ class CacheListing:
         if self.format == "kohya-npz":
             self._delete_renamed(written)
         self._known.update(written)
-        return self._write(list_files(self.out, self._own_files(), self._known), complete, num_failed)
+        listed = list_files(self.out, self._own_files(), self._known)
+        listed.state = self._state(complete, num_failed)
+        return listed.write(self.out)
 
     def _own_files(self) -> list[Path]:
         """The files that this run's manifest lists: all, or those of its part."""
@@ -97,23 +103,11 @@ class CacheListing:
                 if FORMATS[self.format].read_headers(path)[0].source.key == file.items[0].key:
                     path.unlink(missing_ok=True)
 
-    def _write(self, manifest: Manifest, complete: bool, num_failed: int) -> Path:
-        manifest.state = PartState(
-            index=self.part.index, count=self.part.count, complete=complete, num_failed=num_failed
-        )
-        return manifest.write(self.out)
+    def _state(self, complete: bool, num_failed: int = 0) -> PartState:
+        return PartState(index=self.part.index, count=self.part.count, complete=complete, num_failed=num_failed)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
-
-
-def read_lines(manifests: Iterable[Path]) -> Manifest:
-    """The lines of some manifests; later ones win. Those that are missing, or damaged, have none."""
-    lines = Manifest(format="")
-    for path in manifests:
-        with contextlib.suppress(LatentFileError):  # missing, or one that the plan found replaceable
-            lines.update(read_manifest(path))
-    return lines
 
 
 def list_files(out: Path, paths: Sequence[Path], known: Manifest) -> Manifest:

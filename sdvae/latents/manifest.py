@@ -10,8 +10,9 @@ same form. A line names its settings by their digest, so manifests are joined by
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "PartState",
     "find_part_manifests",
     "manifest_name",
+    "read_lines",
     "read_manifest",
     "read_state",
 ]
@@ -245,6 +247,15 @@ def read_manifest(path: str | Path) -> Manifest:
             f"header says {counts[0]} and {counts[1]}"
         )
     return manifest
+
+
+def read_lines(manifests: Iterable[Path]) -> Manifest:
+    """The lines of some manifests; later ones win. Those that are missing, or damaged, have none."""
+    lines = Manifest(format="")
+    for path in manifests:
+        with contextlib.suppress(LatentFileError):  # missing, or one that the plan found replaceable
+            lines.update(read_manifest(path))
+    return lines
 
 
 def read_state(path: Path) -> tuple[str, PartState] | None:

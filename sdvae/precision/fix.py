@@ -1,7 +1,7 @@
 """Makes an autoencoder that overflows in float16 fit into it, by powers of two that its norms cancel: no training.
 
-`choose_exponents` reads them off an audit, `streams.rescale_streams` applies them, and `fix_fp16` proves the result:
-the function in float32 stays the same, and float16 is finite and near it. Left out: writing files.
+`choose_exponents` reads them off an audit, `rescale_streams` applies them, and `fix_fp16` proves the result:
+the function in float32 stays the same, and float16 is finite and near it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdvae.checkpoints.convert.work import public_name
-from sdvae.checkpoints.fit import build, first_not_finite
+from sdvae.checkpoints.fit import build, first_not_finite, full_config, load_weights
 from sdvae.checkpoints.notes import ASSUMED_NOTE
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
-from sdvae.checkpoints.read import Checkpoint
+from sdvae.checkpoints.read import Checkpoint, public_name, read_checkpoint
 from sdvae.checkpoints.rewrite.fp16 import MAX_EXPONENT, StreamScale, epsilon_effect, fp16_underflow, rescale_streams
+from sdvae.checkpoints.store import keep_card, why_no_vae_folder
+from sdvae.checkpoints.tensor_files import differing
+from sdvae.checkpoints.write import write_diffusers_folder
 from sdvae.data.images import Pixels, image_to_x
 from sdvae.errors import CheckpointError, ConfigError
+from sdvae.files import new_folder
 from sdvae.model.device import exact_float32
 from sdvae.precision.audit import Audit, audit
 from sdvae.precision.number_formats import LIMITS, headroom_bits
@@ -56,6 +60,25 @@ class Fix:
     def needed(self) -> bool:
         """Whether there was anything to fix."""
         return not _is_nothing(self.scale)
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder is what `save` writes. Raises: CheckpointError if there is no VAE in it."""
+        there = read_checkpoint(folder)
+        is_same = there.notes == self.notes and full_config(there.fields) == full_config(self.fields)
+        return is_same and not differing(there.tensors, self.tensors)
+
+    def save(self, folder: Path, *, overwrite: bool) -> None:
+        """Write the VAE as a diffusers folder, and read it back before it takes its place.
+
+        Raises: OutputExistsError if something is in the way; CheckpointError if writing fails.
+        """
+        with new_folder(folder, overwrite=overwrite, is_ours=why_no_vae_folder) as fresh:
+            write_diffusers_folder(fresh, self.tensors, self.fields, self.notes)
+            if not self.is_in(fresh):
+                raise CheckpointError(
+                    f"{folder}: read back with other values than were written: the disk may be damaged"
+                )
+            keep_card(folder, fresh)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -217,10 +240,8 @@ def _query_exponent(owner: str, queries: float, keys: float, wanted_bits: float)
 
 def _subject(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], name: str, device: torch.device) -> OpenedVae:
     """The VAE in float32, with weights of its own."""
-    vae = build(fields, name)
-    copies = {n: t.to(device=device, dtype=torch.float32, copy=True) for n, t in tensors.items()}
-    vae.load_state_dict(copies, strict=True, assign=True)
-    return replace(open_any_vae(vae.eval(), device, torch.float32), name=name)
+    vae = load_weights(build(fields, name), tensors, device=device)
+    return replace(open_any_vae(vae, device, torch.float32), name=name)
 
 
 @torch.inference_mode()

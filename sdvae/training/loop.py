@@ -37,6 +37,7 @@ from sdvae.data.images import save_image
 from sdvae.data.loader import Batch
 from sdvae.errors import ConfigError, OutputExistsError, TrainingError, TrainingInterrupted
 from sdvae.features.lpips import LPIPS
+from sdvae.files import write_atomic
 from sdvae.metrics.moments import LatentMoments
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.training.build import (
@@ -482,7 +483,7 @@ class _Run:
             for name in ("metrics.jsonl", "checkpoints", "samples", "tensorboard", "vae", "vae-best"):
                 _remove(self.run_dir / name)
         _drop_rows_after(self.run_dir / "metrics.jsonl", self.progress.step)
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        write_atomic(dump_config(self.config).encode(), self.run_dir / "config.yaml")
         environment = {
             "sdvae": __version__,
             "torch": torch.__version__,
@@ -497,7 +498,7 @@ class _Run:
             "num_val_images": len(self.validator.items),
             "config": config_to_dict(self.config),
         }
-        (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        write_atomic(f"{json.dumps(environment, indent=2)}\n".encode(), self.run_dir / "environment.json")
 
 
 class _Averages:
@@ -540,7 +541,7 @@ def _drop_rows_after(metrics_path: Path, step: int) -> None:
     if metrics_path.exists():
         rows = metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        metrics_path.write_text("".join(kept), encoding="utf-8")
+        write_atomic("".join(kept).encode(), metrics_path)
 
 
 def _made(folder: Path) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sdvae.errors import CheckpointError
+from sdvae.files import put_in_place, write_atomic
 from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = ["Progress", "checkpoint_dirs", "load_checkpoint", "save_checkpoint"]
@@ -63,10 +63,8 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         vae.save_config(partial)
-        _flush(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        put_in_place(partial, target)
+        shutil.rmtree(partial, ignore_errors=True)  # what was there before
         kept = set(checkpoint_dirs(checkpoints_dir)[-num_kept:])
         if progress.best_step is not None:
             kept.add(_dir_of(checkpoints_dir, progress.best_step))
@@ -93,16 +91,6 @@ def _dir_of(checkpoints_dir: Path, step: int) -> Path:
     return checkpoints_dir / f"step-{step:08d}"
 
 
-def _flush(folder: Path) -> None:
-    """Force the files of a folder to the device: a power cut must not leave a checkpoint that is whole in name only."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def _write_best(checkpoints_dir: Path, progress: Progress) -> None:
-    partial = checkpoints_dir / "best.json.tmp"
     best = {"step": progress.best_step, "metric": progress.best_metric, "value": progress.best_value}
-    partial.write_text(json.dumps(best) + "\n", encoding="utf-8")
-    partial.replace(checkpoints_dir / "best.json")
+    write_atomic(f"{json.dumps(best)}\n".encode(), checkpoints_dir / "best.json")

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sdvae.checkpoints.notes import NOTES_FIELD, update_config
 from sdvae.checkpoints.opened import open_any_vae
 from sdvae.checkpoints.store import autoencoder_digest, bundled_path, load_autoencoder
 from sdvae.data.images import image_to_x, read_image
-from sdvae.data.sources.files import find_images, folder_digest
+from sdvae.data.sources.files import file_digest, find_images
 from sdvae.data.transforms import pad_to_multiple
 from sdvae.errors import CheckpointError, ConfigError, ImageError
 from sdvae.metrics.latent_health import LatentHealth
@@ -39,6 +40,12 @@ SIZES = {f"{index:02}.png": size for index, size in enumerate([(40, 24), (64, 64
 @pytest.fixture
 def images(tmp_path: Path, make_images: MakeImages) -> Path:
     return make_images(tmp_path / "images", SIZES)
+
+
+def folder_digest(folder: Path) -> str:
+    """Of keys and bytes, in the order of the keys."""
+    lines = (f"{image.key}\0{file_digest(image.path)}\n" for image in find_images(folder))
+    return f"sha256:{sha256(''.join(lines).encode()).hexdigest()}"
 
 
 def spread_out(vae: AutoencoderKL) -> None:

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
-from sdvae.checkpoints.keys import from_ldm, infer_fields, tidy, to_ldm
+from sdvae.checkpoints.infer import infer_fields
+from sdvae.checkpoints.keys import from_ldm, tidy, to_ldm
 from sdvae.errors import CheckpointError
 
 SD1 = {

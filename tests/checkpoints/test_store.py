@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdvae.checkpoints import folders, read, store
+from sdvae import files
+from sdvae.checkpoints import read, store
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, load_network, save_autoencoder, to_diffusers
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -614,7 +615,7 @@ def test_overwriting_replaces_the_folder_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     make(StockAutoencoderKL).save_pretrained(tmp_path / "out", max_shard_size="20KB")
     new = make(seed=1, **LAYOUTS["flux"])
     save_autoencoder(new, tmp_path / "out", overwrite=True)
@@ -729,12 +730,12 @@ def test_a_save_killed_before_any_of_its_steps_leaves_the_old_or_the_new_one_who
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     # The scaling factor lies in config.json, the rest in the weights: a mixture of both would be noticed.
     old, new = (make(seed=seed, **LAYOUTS["sd"], scaling_factor=1.0 + seed) for seed in range(2))
     before = contents(save_autoencoder(old, tmp_path / "old"))
     after = contents(save_autoencoder(new, tmp_path / "new"))
-    if can_exchange and not folders._exchange(tmp_path / "old", tmp_path / "new"):
+    if can_exchange and not files._exchange(tmp_path / "old", tmp_path / "new"):
         pytest.skip("this system or file system cannot exchange two folders")
     (tmp_path / "in").mkdir()
     out = tmp_path / "in" / "out"
@@ -776,24 +777,25 @@ def test_a_save_killed_at_any_time_leaves_the_old_or_the_new_one_whole(tmp_path:
             for model in models:
                 save_autoencoder(model, out, overwrite=True)
 
-    dice = random.Random(0)
+    dice, left = random.Random(0), []
     for _ in range(10):
         pid = forked(save_for_ever)
-        time.sleep(dice.uniform(0.005, 0.05))
+        time.sleep(dice.uniform(0.005, 0.1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert contents(out) in whole
-    assert list(tmp_path.glob(".out.saving-*"))  # else the test kills at the wrong moments
+        left += tmp_path.glob(".*.sdvae-tmp")
+    assert left, "no kill hit a save at work: this tests nothing"
 
 
 def test_a_failing_second_rename_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     old, out = make(), tmp_path / "out"
     save_autoencoder(old, out)
     rename = Path.rename
 
     def rename_unless_new(self: Path, target: Path) -> Path:
-        if ".saving-" in self.name:
+        if self.suffix == ".sdvae-tmp":
             raise PermissionError("not here")
         return rename(self, target)
 
@@ -804,12 +806,16 @@ def test_a_failing_second_rename_puts_the_old_one_back(tmp_path: Path, monkeypat
     assert same_weights(load_autoencoder(out), old)
 
 
-def test_old_leftovers_of_killed_saves_are_removed_and_recent_ones_spared(tmp_path: Path) -> None:
-    for name, age_s in ((".out.saving-old", 7200), (".out.saving-recent", 60), (".other.saving-old", 7200)):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+def test_leftovers_of_killed_saves_are_removed_and_those_of_living_ones_spared(tmp_path: Path) -> None:
+    dead, alive = (
+        tmp_path / f".{'a' * 16}-{files._host()}-{process}-{'0' * 8}.sdvae-tmp"
+        for process in (os.getpid(), os.getppid())
+    )  # this process has another start, so the first is of an earlier one with the same number
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "config.json").touch()
     save_autoencoder(make(), tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [".other.saving-old", ".out.saving-recent", "out"]
+    assert sorted(os.listdir(tmp_path)) == sorted([alive.name, "out"])
 
 
 # Conversion and identity

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from sdvae.checkpoints import write
+from sdvae.checkpoints import tensor_files
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.data.images import image_to_x, read_image
@@ -215,13 +215,13 @@ def test_fix_fp16_never_writes_over_its_own_source(overflowing: Path, tmp_path: 
 
 
 def test_fix_fp16_reads_back_what_it_wrote(overflowing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = write.safetensors.torch.save_file
+    save = tensor_files.safetensors.torch.save_file
 
     def wrong(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         name = min(tensors)
         save({**tensors, name: tensors[name] + 0.5}, path, metadata=metadata)
 
-    monkeypatch.setattr(write.safetensors.torch, "save_file", wrong)
+    monkeypatch.setattr(tensor_files.safetensors.torch, "save_file", wrong)
     result = sdvae("fix-fp16", overflowing, tmp_path / "fixed", *SMALL)
     assert result.exit_code == 1 and "read back with other values" in result.stderr
     assert not (tmp_path / "fixed").exists()

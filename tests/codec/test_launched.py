@@ -16,9 +16,8 @@ import pytest
 from forked import fork_launched, run_sdvae
 from jobs import encode_and_decode
 
-from sdvae.codec.launched import join_launched
 from sdvae.codec.options import DecodeOptions, EncodeOptions
-from sdvae.codec.run import encode_folder
+from sdvae.codec.run import encode_folder, join_launched
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError
 from sdvae.latents.manifest import read_manifest

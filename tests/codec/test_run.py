@@ -20,6 +20,7 @@ from PIL import Image
 from sdvae.codec.decoded_image import read_mark
 from sdvae.codec.image_encoder import load_image
 from sdvae.codec.options import DecodeOptions, EncodeOptions
+from sdvae.codec.planning.encode import preprocessing_of
 from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
 from sdvae.data.images import JPEG_MARGIN, image_to_x, read_image, x_to_image
@@ -369,7 +370,7 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
     options = EncodeOptions(format="kohya-npz", size=size)
     run = EncodeRun(images, tmp_path / "out", vae_path, options)
     encoded_at = {
-        path.name: load_image(ImageFile(path.name, path), run.encoder.preprocessing).pixels.shape[:2]
+        path.name: load_image(ImageFile(path.name, path), preprocessing_of(options)).pixels.shape[:2]
         for path in images.iterdir()
     }
     expected = {name for name, (height, width) in encoded_at.items() if width % 8 or height % 8}
@@ -585,6 +586,23 @@ def test_when_memory_runs_out_the_run_goes_on_image_by_image_and_says_so(
     assert report.failures[0].reason.startswith("out of memory at 48 x 48 px")
     assert report.warnings == ("out of memory with a batch of 3: went on image by image",)
     assert sorted(batches) == [1] * 8 + [3]
+
+
+def test_the_advice_at_out_of_memory_fits_what_is_done(
+    tmp_path: Path, make_images: MakeImages, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images(tmp_path / "images", {"a.png": (16, 16)})
+    encode_folder(images, tmp_path / "latents", vae=vae)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vae, "encode", fail)
+    monkeypatch.setattr(vae, "decode", fail)
+    encoded = encode_folder(images, tmp_path / "others", vae=vae).failures[0].reason
+    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae).failures[0].reason
+    assert "a smaller --size" in encoded
+    assert decoded == "out of memory at 16 x 16 px: use a lower --max-memory, or a device with more memory"
 
 
 def test_a_full_disk_stops_the_run_with_what_to_do_and_the_next_run_goes_on(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SD_GROUPS", "WeightFacts"]
+__all__ = ["SD_GROUPS", "WeightFacts", "weight_facts"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -23,105 +22,95 @@ class WeightFacts:
     path: str  # as the user calls them, for commands to paste
     is_folder: bool
     suffix: str  # of the weights file; .json for the index of several
-    shapes: Shapes  # under the names in the file
-    fields: Mapping[str, Any] | None = None  # of config.json, of the file's header, or inferred; None: not known
-    has_config: bool = False  # a config.json lies beside the weights
-    variant: str | None = None  # fp16, ema, ...: where the folder has no plain weights
-    dtypes: Mapping[str, int] = field(default_factory=dict)  # as a safetensors header writes them -> tensors
+    has_config: bool  # a config.json lies beside the weights
+    variant: str | None  # fp16, ema, ...: where the folder has no plain weights
+    dtypes: Mapping[str, int]  # as a safetensors header writes them -> tensors
+    # names and shapes
+    prefix: str | None  # before the names of the VAE; None where they are not those of a KL-VAE
+    own: Shapes  # of the VAE's weights, without the prefix
+    extras: tuple[str, ...]  # names that are not the VAE's
+    is_checkpoint: bool  # a diffusion model lies in the same file
+    naming: str | None  # "diffusers" or "ldm"; None for both at once or neither
+    has_both_halves: bool
+    widths: tuple[int, ...]  # channels of each level of the encoder
+    blocks: int  # residual blocks of each level of the encoder
+    latent_channels: int
+    image_channels: tuple[int, int]  # of the encoder, and of the decoder
+    quant_convs: tuple[bool, bool]  # quant_conv and post_quant_conv are there
+    attention_dims: frozenset[int]  # of the attention's weights: 2 linear layers, 4 1x1 convolutions; empty without it
+    has_legacy_attention: bool  # under its names of diffusers before 0.17
+    # configuration
+    norm_groups: int
+    scale: tuple[float, float] | None  # scaling_factor and shift_factor; None where they are not known
+    has_channel_scale: bool  # each latent channel has a mean and a std of its own
 
-    @cached_property
-    def prefix(self) -> str | None:
-        """What stands before the names of the VAE; None where they are not those of a KL-VAE."""
-        end = "decoder.conv_in.weight"
-        return min((name.removesuffix(end) for name in self.shapes if name.endswith(end)), key=len, default=None)
 
-    @cached_property
-    def own(self) -> Shapes:
-        """Shapes of the VAE's weights, without the prefix."""
-        prefix = self.prefix or ""
-        names = {name: name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)}
-        return {own: self.shapes[name] for name, own in names.items() if _OWN_NAME.match(own)}
+def weight_facts(
+    shapes: Shapes,
+    *,
+    path: str,
+    is_folder: bool,
+    suffix: str,
+    fields: Mapping[str, Any] | None = None,
+    has_config: bool = False,
+    variant: str | None = None,
+    dtypes: Mapping[str, int] | None = None,
+) -> WeightFacts:
+    """Look at the names and shapes of a file, and at what is known beside them.
 
-    @cached_property
-    def extras(self) -> tuple[str, ...]:
-        """Names that are not the VAE's."""
-        return tuple(name for name in self.shapes if name.removeprefix(self.prefix or "") not in self.own)
+    shapes: under the names in the file. fields: of config.json, of the file's header, or inferred; None: not known.
+    """
+    end = "decoder.conv_in.weight"
+    prefix = min((name.removesuffix(end) for name in shapes if name.endswith(end)), key=len, default=None)
+    start = prefix or ""
+    names = {name: name.removeprefix(start) for name in shapes if name.startswith(start)}
+    own = {bare: shapes[name] for name, bare in names.items() if _OWN_NAME.match(bare)}
+    config = fields or {}
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor")
+    attention = r".*\.(?:attentions\.0|attn_1)\.(?:to_q|query|q)\.weight"
+    blocks = r"encoder\.(?:down_blocks\.0\.resnets|down\.0\.block)\.(\d+)\."
+    return WeightFacts(
+        path=path,
+        is_folder=is_folder,
+        suffix=suffix,
+        has_config=has_config,
+        variant=variant,
+        dtypes=dtypes or {},
+        prefix=prefix,
+        own=own,
+        extras=tuple(name for name in shapes if name.removeprefix(start) not in own),
+        is_checkpoint=any(name.startswith("model.diffusion_model.") for name in shapes),
+        naming=_naming(own),
+        has_both_halves={"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"} <= own.keys(),
+        widths=_widths(own),
+        blocks=len({match[1] for name in own if (match := re.match(blocks, name))}),
+        latent_channels=_axis(own, "decoder.conv_in.weight", 1),
+        image_channels=(_axis(own, "encoder.conv_in.weight", 1), _axis(own, "decoder.conv_out.weight", 0)),
+        quant_convs=("quant_conv.weight" in own, "post_quant_conv.weight" in own),
+        attention_dims=frozenset(len(shape) for name, shape in own.items() if re.fullmatch(attention, name)),
+        has_legacy_attention=any(re.search(r"\.attentions\.\d+\.query\.", name) for name in own),
+        norm_groups=int(config.get("norm_num_groups") or SD_GROUPS),
+        scale=None if factor is None else (float(factor), float(shift or 0.0)),
+        has_channel_scale=config.get("latents_mean") is not None or config.get("latents_std") is not None,
+    )
 
-    @cached_property
-    def is_checkpoint(self) -> bool:
-        """Whether a diffusion model lies in the same file."""
-        return any(name.startswith("model.diffusion_model.") for name in self.shapes)
 
-    @cached_property
-    def naming(self) -> str | None:
-        """ "diffusers" or "ldm"; None for both at once or neither."""
-        found = {
-            "diffusers": any(re.match(r"(en|de)coder\.(down|up)_blocks\.", name) for name in self.own),
-            "ldm": any(re.match(r"(en|de)coder\.(down|up)\.\d", name) for name in self.own),
-        }
-        return next((name for name in found if found[name]), None) if sum(found.values()) == 1 else None
+def _naming(own: Shapes) -> str | None:
+    found = {
+        "diffusers": any(re.match(r"(en|de)coder\.(down|up)_blocks\.", name) for name in own),
+        "ldm": any(re.match(r"(en|de)coder\.(down|up)\.\d", name) for name in own),
+    }
+    return next((name for name in found if found[name]), None) if sum(found.values()) == 1 else None
 
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level of the encoder."""
-        stem = "encoder.down_blocks.{}.resnets.0" if self.naming == "diffusers" else "encoder.down.{}.block.0"
-        levels: list[int] = []
-        while shape := self.own.get(f"{stem.format(len(levels))}.conv1.weight"):
-            levels.append(shape[0])
-        return tuple(levels)
 
-    @cached_property
-    def blocks(self) -> int:
-        """Residual blocks of each level of the encoder."""
-        pattern = r"encoder\.(?:down_blocks\.0\.resnets|down\.0\.block)\.(\d+)\."
-        return len({match[1] for name in self.own if (match := re.match(pattern, name))})
+def _widths(own: Shapes) -> tuple[int, ...]:
+    stem = "encoder.down_blocks.{}.resnets.0" if _naming(own) == "diffusers" else "encoder.down.{}.block.0"
+    levels: list[int] = []
+    while shape := own.get(f"{stem.format(len(levels))}.conv1.weight"):
+        levels.append(shape[0])
+    return tuple(levels)
 
-    @property
-    def latent_channels(self) -> int:
-        return self._axis("decoder.conv_in.weight", 1)
 
-    @property
-    def image_channels(self) -> tuple[int, int]:
-        return self._axis("encoder.conv_in.weight", 1), self._axis("decoder.conv_out.weight", 0)
-
-    def _axis(self, name: str, axis: int) -> int:
-        shape = self.own.get(name, ())
-        return shape[axis] if len(shape) == 4 else 0
-
-    @property
-    def quant_convs(self) -> tuple[bool, bool]:
-        """Whether quant_conv and post_quant_conv are there."""
-        return "quant_conv.weight" in self.own, "post_quant_conv.weight" in self.own
-
-    @property
-    def has_both_halves(self) -> bool:
-        return {"encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"} <= self.own.keys()
-
-    @cached_property
-    def attention_dims(self) -> frozenset[int]:
-        """Dimensions of the attention's weights: 2 as linear layers, 4 as 1x1 convolutions; empty without attention."""
-        pattern = r".*\.(?:attentions\.0|attn_1)\.(?:to_q|query|q)\.weight"
-        return frozenset(len(shape) for name, shape in self.own.items() if re.fullmatch(pattern, name))
-
-    @cached_property
-    def has_legacy_attention(self) -> bool:
-        """Whether the attention has its names of diffusers before 0.17."""
-        return any(re.search(r"\.attentions\.\d+\.query\.", name) for name in self.own)
-
-    @property
-    def norm_groups(self) -> int:
-        return int((self.fields or {}).get("norm_num_groups") or SD_GROUPS)
-
-    @property
-    def scale(self) -> tuple[float, float] | None:
-        """scaling_factor and shift_factor; None where they are not known."""
-        fields = self.fields or {}
-        if (scale := fields.get("scaling_factor")) is None:
-            return None
-        return float(scale), float(fields.get("shift_factor") or 0.0)
-
-    @property
-    def has_channel_scale(self) -> bool:
-        """Whether each latent channel has a mean and a std of its own."""
-        fields = self.fields or {}
-        return fields.get("latents_mean") is not None or fields.get("latents_std") is not None
+def _axis(own: Shapes, name: str, axis: int) -> int:
+    shape = own.get(name, ())
+    return shape[axis] if len(shape) == 4 else 0

@@ -14,6 +14,7 @@ Left out: quantisation, and models for one runtime or device.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from sdvae._version import __version__
 from sdvae.checkpoints import fit
-from sdvae.checkpoints.formats import CONFIG_NAME
+from sdvae.checkpoints.formats import CONFIG_NAME, json_text
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
@@ -172,7 +173,8 @@ def export_onnx(
         raise OutputExistsError(f"{folder}: the export needs an existing, empty folder")
     fields = fit.config_fields(vae.config)
     metadata = _metadata(vae, fields, notes or {})
-    stored, reference = _copy(vae, dtype), _copy(vae, dtype).float()
+    stored = _copy(vae, dtype)
+    reference = copy.deepcopy(stored).float()
     height, width = (side * vae.spatial_compression_ratio for side in _TRACED[1:])
     traces = {
         "encoder": (_EncoderGraph, torch.zeros(_TRACED[0], vae.config.in_channels, height, width, dtype=dtype)),
@@ -222,17 +224,17 @@ def _copy(vae: Autoencoder, dtype: torch.dtype) -> Autoencoder:
 
     Ours asks for the size of the image, which would be a condition on sizes in the trace.
     """
-    copy = fit.build(fit.config_fields(vae.config), "configuration")
+    plain = fit.build(fit.config_fields(vae.config), "configuration")
     tensors = {name: t.detach().to(device="cpu", dtype=dtype).contiguous() for name, t in vae.state_dict().items()}
     if name := fit.first_not_finite(tensors):
         raise CheckpointError(f"the VAE is not exported: `{name}` has values that are not finite as {dtype}")
-    copy.load_state_dict(tensors, strict=True, assign=True)
-    for parent in list(copy.modules()):
+    plain.load_state_dict(tensors, strict=True, assign=True)
+    for parent in list(plain.modules()):
         for child_name, child in list(parent.named_children()):
             if isinstance(child, GroupNorm):
                 setattr(parent, child_name, _plain_group_norm(child))
-    copy.eval().requires_grad_(False)
-    return copy
+    plain.eval().requires_grad_(False)
+    return plain
 
 
 def _plain_group_norm(norm: GroupNorm) -> nn.GroupNorm:
@@ -328,7 +330,7 @@ def _write(model: onnx_ir.Model, folder: Path, fields: Mapping[str, Any], notes:
     config = {"_class_name": "AutoencoderKL", **fields} | ({NOTES_FIELD: dict(notes)} if notes else {})
     try:
         folder.mkdir()
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json_text(config), encoding="utf-8")
         external = WEIGHTS_NAME if size_bytes > _EXTERNAL_FROM_BYTES else None
         onnx_ir.save(model, folder / MODEL_NAME, external_data=external)
         onnx.checker.check_model(folder / MODEL_NAME, full_check=True)

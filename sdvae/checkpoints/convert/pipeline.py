@@ -14,11 +14,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from sdvae.checkpoints.convert.verify import full_config
-from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, SCALE_FIELDS, read_json, some
+from sdvae.checkpoints.fit import full_config
+from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, SCALE_FIELDS, read_json
 from sdvae.checkpoints.notes import NOTES_FIELD
 from sdvae.checkpoints.store import why_no_vae_folder
-from sdvae.errors import CheckpointError, ConfigError
+from sdvae.errors import CheckpointError, ConfigError, some
 
 __all__ = ["INDEX_NAME", "Pipeline", "read_pipeline"]
 

@@ -11,33 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sdvae.checkpoints.compat.facts import WeightFacts
+from sdvae.checkpoints.compat.facts import weight_facts
 from sdvae.checkpoints.compat.loaders import LoaderVerdict, loader_verdicts
 from sdvae.checkpoints.convert.options import LDM_SCALING_FACTOR, ConvertOptions
-from sdvae.checkpoints.convert.pipeline import read_pipeline
-from sdvae.checkpoints.convert.place import Place
-from sdvae.checkpoints.convert.verify import (
-    Verification,
-    build,
-    check_fields,
-    check_ldm_shapes,
-    check_tensors,
-    compare,
-    same_bits,
-)
-from sdvae.checkpoints.convert.work import Work, dtype_names, ldm_tensors, prepare
-from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME, read_shapes, some
-from sdvae.checkpoints.read import read_checkpoint
+from sdvae.checkpoints.convert.plan import Conversion, plan
+from sdvae.checkpoints.convert.verify import Verification, verify
+from sdvae.checkpoints.convert.write import add_the_rest, new_output, write
+from sdvae.checkpoints.formats import FAMILIES, SCALE_FIELDS, WEIGHTS_NAME
 from sdvae.checkpoints.rewrite.fold_scale import FoldCheck
-from sdvae.checkpoints.store import keep_card
-from sdvae.checkpoints.write import planned_shards, write_diffusers_folder, write_ldm_file
-from sdvae.errors import CheckpointError
-from sdvae.model.network import Autoencoder
+from sdvae.checkpoints.write import planned_shards
 
-__all__ = ["ConvertOptions", "ConvertReport", "convert", "write_diffusers_folder"]
+__all__ = ["ConvertReport", "convert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,164 +68,62 @@ def convert(src: str | Path | None, dst: str | Path, options: ConvertOptions | N
     Returns: a report. Run again with the same arguments, it finds the result up to date and writes nothing.
     Raises: OutputExistsError where something else is at dst; CheckpointError for a source that cannot be read, values
         that the new type cannot hold, a fold of a scale that is only assumed or that would not be exact, and a result
-        that differs from its source by more than `verify_conversion.TOLERANCES`; ConfigError for options that do not
+        that differs from its source by more than `verify.TOLERANCES`; ConfigError for options that do not
         go together.
     """
     chosen = options or ConvertOptions()
-    target = Path(dst).expanduser()
-    pipeline = read_pipeline(chosen.into) if chosen.into else None
-    place = Place(target, chosen, pipeline)
-    place.check_early()
-    work = prepare(src, chosen, pipeline)
-    place.check_not_source(work.source)
-    if place.holds(work):
-        return _report("up to date", work, place)
-    place.check_free()
-    if pipeline:
-        pipeline.check_fits(work.fields)
-        pipeline.check_space(target, work.num_bytes)
-    if chosen.dry_run:
-        return _report("replace" if target.exists() else "new", work, place)
-    with place.new() as fresh:
-        verification, onnx = _write_and_verify(work, fresh, place)
-    return _report("written", work, place, verification, onnx)
-
-
-# Writing and proof
-
-
-def _write_and_verify(work: Work, fresh: Path, place: Place) -> tuple[Verification | None, Mapping[str, Any] | None]:
-    """Write into the hidden place, and read it back from there."""
-    options, pipeline = place.options, place.pipeline
-    if options.to == "onnx":
-        return _export_onnx(work, fresh, options)
-    if options.to == "ldm":
-        write_ldm_file(fresh, work.tensors, work.fields, work.notes, prefix=options.prefix)
-        return (_verify(work, fresh, options) if options.verify else None), None
-    folder = fresh
-    if pipeline:
-        (folder := fresh / "vae").mkdir()
-    write_diffusers_folder(
-        folder,
-        work.tensors,
-        work.fields,
-        work.notes,
-        variant=options.variant,
-        max_shard_size=options.max_shard_size,
-    )
-    verification = _verify(work, folder, options) if options.verify else None
-    if pipeline:
-        pipeline.copy_to(fresh)
-    else:
-        keep_card(place.target, fresh)
-    return verification, None
-
-
-def _verify(work: Work, path: Path, options: ConvertOptions) -> Verification:
-    """Compare what is on the disk with what was to be written, and its function with the source's."""
-    where = "the result"
-    result = read_checkpoint(path)
-    check_tensors(result.tensors, work.tensors, where)
-    check_fields(result.fields, work.fields, where)
-    if options.to == "ldm":
-        shapes = read_shapes(path)
-        if strangers := [name for name in shapes if not name.startswith(options.prefix)]:
-            raise CheckpointError(f"{where}: names without the prefix `{options.prefix}`: {some(strangers, 3)}")
-        bare = {name.removeprefix(options.prefix): shape for name, shape in shapes.items()}
-        check_ldm_shapes(bare, work.fields, where)
-    return _compared(work, result.tensors, build(result.tensors, result.fields), options)
-
-
-def _compared(work: Work, tensors: Mapping[str, Tensor], vae: Autoencoder, options: ConvertOptions) -> Verification:
-    comparisons = compare(work.source_vae, vae, {tensor.dtype for tensor in tensors.values()})
-    if failed := [comparison for comparison in comparisons if not comparison.passed]:
-        said = "; ".join(f"{c.name} by {c.max_abs_error:.3g}, allowed {c.tolerance:.3g}" for c in failed)
-        raise CheckpointError(f"the result is not kept, for it does not compute what the source does: {said}")
-    return Verification(
-        identical=same_bits(tensors, work.source.tensors),
-        num_tensors=len(tensors),
-        names_checked=options.to == "ldm",
-        comparisons=comparisons,
-    )
-
-
-def _export_onnx(work: Work, folder: Path, options: ConvertOptions) -> tuple[Verification | None, Mapping[str, Any]]:
-    """The exporter runs its models against torch itself; what cast and fold change is measured here."""
-    from sdvae.checkpoints.convert.onnx import export_onnx
-
-    vae = build(work.tensors, work.fields)
-    verification = _compared(work, work.tensors, vae, options) if options.verify else None
-    dtype = getattr(torch, options.dtype or "float32")
-    return verification, export_onnx(vae, folder, dtype=dtype, notes=work.notes).to_json()
-
-
-# The report
+    conversion = plan(src, Path(dst).expanduser(), chosen)
+    if conversion.status == "up to date" or chosen.dry_run:
+        return _report(conversion, conversion.status)
+    with new_output(conversion.place) as fresh:
+        onnx = write(conversion, fresh)
+        verification = verify(conversion, fresh) if chosen.verify else None
+        add_the_rest(conversion.place, fresh)
+    return _report(conversion, "written", verification, onnx)
 
 
 def _report(
+    conversion: Conversion,
     status: str,
-    work: Work,
-    place: Place,
     verification: Verification | None = None,
     onnx: Mapping[str, Any] | None = None,
 ) -> ConvertReport:
-    options, pipeline = place.options, place.pipeline
+    place, source = conversion.place, conversion.source
+    size = place.options.max_shard_size
+    num_shards = len(planned_shards(conversion.stored, WEIGHTS_NAME, size).filename_to_tensors) if size else 1
     return ConvertReport(
         status=status,
-        source=work.name,
-        source_kind=str(work.source.found.kind),
-        source_evidence=work.source.found.evidence,
-        source_digest=work.digest,
-        source_dtypes=dtype_names(work.source.tensors),
-        remarks=work.source.remarks,
+        source=conversion.name,
+        source_kind=str(source.found.kind),
+        source_evidence=source.found.evidence,
+        source_digest=conversion.digest,
+        source_dtypes=_dtype_names(source.tensors),
+        remarks=source.remarks,
         target=str(place.target),
-        to=options.to,
-        dtypes=dtype_names(work.tensors),
-        num_bytes=work.num_bytes + (pipeline.num_bytes if pipeline else 0),
-        num_copied_files=len(pipeline.files) if pipeline else 0,
-        num_shards=_num_shards(work, options),
-        config=work.fields,
-        rewrites=tuple(work.notes.get("rewrites", ())),
-        fold=work.fold,
+        to=place.options.to,
+        dtypes=_dtype_names(conversion.tensors),
+        num_bytes=conversion.num_bytes + (place.pipeline.num_bytes if place.pipeline else 0),
+        num_copied_files=len(place.pipeline.files) if place.pipeline else 0,
+        num_shards=num_shards,
+        config=conversion.fields,
+        rewrites=tuple(conversion.notes.get("rewrites", ())),
+        fold=conversion.fold,
         verification=verification,
         onnx=onnx,
-        loaders=_loaders(work, place),
-        warnings=_warnings(work, place),
+        warnings=_warnings(conversion),
+        loaders=_loaders(conversion, num_shards),
     )
 
 
-def _loaders(work: Work, place: Place) -> tuple[LoaderVerdict, ...]:
-    options = place.options
-    if options.to == "onnx":
-        return ()
-    is_ldm = options.to == "ldm"
-    tensors = ldm_tensors(work.tensors, options.prefix) if is_ldm else work.tensors
-    facts = WeightFacts(
-        path=str(place.target),
-        is_folder=not is_ldm,
-        suffix=".json" if _num_shards(work, options) > 1 else ".safetensors",
-        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        fields=work.fields,
-        has_config=not is_ldm,
-        variant=options.variant,
-    )
-    return loader_verdicts(facts)
-
-
-def _num_shards(work: Work, options: ConvertOptions) -> int:
-    if options.max_shard_size is None:
-        return 1
-    return len(planned_shards(work.tensors, WEIGHTS_NAME, options.max_shard_size).filename_to_tensors)
-
-
-def _warnings(work: Work, place: Place) -> tuple[str, ...]:
-    warnings = list(place.pipeline.check_fits(work.fields)) if place.pipeline else []
-    if work.source.assumed:
-        said = ", ".join(f"{name} {work.fields[name]}" for name in work.source.assumed)
-        options = " ".join(f"--{name.replace('_', '-')} ..." for name in work.source.assumed)
+def _warnings(conversion: Conversion) -> tuple[str, ...]:
+    place, fields, assumed = conversion.place, conversion.fields, conversion.source.assumed
+    warnings = list(place.pipeline.check_fits(fields)) if place.pipeline else []
+    if assumed:
+        said = ", ".join(f"{name} {fields[name]}" for name in assumed)
+        options = " ".join(f"--{name.replace('_', '-')} ..." for name in assumed)
         warnings.append(f"{said} is assumed, and the result records that; say what it is: {options}")
     if place.options.to == "ldm" and place.options.fold_scale is None:
-        warnings += _unread_scale(work.fields)
+        warnings += _unread_scale(fields)
     return tuple(warnings)
 
 
@@ -256,3 +140,25 @@ def _unread_scale(fields: Mapping[str, Any]) -> Iterator[str]:
         f"has {said}: where the model's is another, fold it in: --fold-scale {LDM_SCALING_FACTOR} for Stable Diffusion "
         f"1 and 2"
     )
+
+
+def _loaders(conversion: Conversion, num_shards: int) -> tuple[LoaderVerdict, ...]:
+    options = conversion.place.options
+    if options.to == "onnx":
+        return ()
+    is_ldm = options.to == "ldm"
+    facts = weight_facts(
+        {name: tuple(tensor.shape) for name, tensor in conversion.stored.items()},
+        path=str(conversion.place.target),
+        is_folder=not is_ldm,
+        suffix=".json" if num_shards > 1 else ".safetensors",
+        fields=conversion.fields,
+        has_config=not is_ldm,
+        variant=options.variant,
+    )
+    return loader_verdicts(facts)
+
+
+def _dtype_names(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The types that occur, such as ("bfloat16", "float32"), in alphabetical order."""
+    return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))

@@ -1,39 +1,30 @@
 """Is a VAE that was written the one that was read? Bits, configuration, names, and what encode and decode compute.
 
-Works on what was read back from the disk. Numbers are compared as `latents`, so that a VAE whose scale was folded into
+Works on what is read back from the disk. Numbers are compared as `latents`, so that a VAE whose scale was folded into
 its weights can be compared with the one before.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdvae.checkpoints import fit
-from sdvae.checkpoints.formats import some
+from sdvae.checkpoints.convert.plan import Conversion
+from sdvae.checkpoints.fit import full_config, load_weights
+from sdvae.checkpoints.formats import read_shapes
+from sdvae.checkpoints.read import read_checkpoint
 from sdvae.checkpoints.rewrite.fold_scale import checked_scale
-from sdvae.errors import CheckpointError
+from sdvae.checkpoints.tensor_files import differing
+from sdvae.errors import CheckpointError, some
 from sdvae.model.network import Autoencoder
 
-__all__ = [
-    "TOLERANCES",
-    "Comparison",
-    "Verification",
-    "build",
-    "check_fields",
-    "check_ldm_shapes",
-    "check_tensors",
-    "compare",
-    "full_config",
-    "ldm_shapes",
-    "same_bits",
-]
+__all__ = ["TOLERANCES", "Comparison", "Verification", "compare", "ldm_shapes", "verify"]
 
 # The largest error allowed, as a share of the root mean square of what is compared, by the coarsest type of the
 # weights. A cast moves each weight by up to 2^-11 (float16) or 2^-8 (bfloat16) of itself. Measured: sdvae-mini 0.001
@@ -72,37 +63,14 @@ class Verification:
         return {**asdict(self), "comparisons": [asdict(comparison) for comparison in self.comparisons]}
 
 
-# Building and configuration
-
-
-def build(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Autoencoder:
-    """An autoencoder in float32 on the CPU, in eval mode, with weights of its own."""
-    vae = fit.build(fields, "configuration")
-    copies = {name: tensor.to(dtype=torch.float32, copy=True) for name, tensor in tensors.items()}
-    vae.load_state_dict(copies, strict=True, assign=True)
-    vae.eval()
-    return vae
-
-
-def full_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field as config.json spells it: those given, and the defaults of the others."""
-    values = {name: fields.get(name, default) for name, default in fit.DEFAULTS.items()}
-    return json.loads(json.dumps(values))  # type: ignore[no-any-return]  # tuples become lists
-
-
 # Exact checks
-
-
-def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Equal names, types and bits: -0.0 is not 0.0, and nan is itself."""
-    return one.keys() == other.keys() and all(_tensor_bits_equal(one[name], other[name]) for name in one)
 
 
 def check_tensors(found: Mapping[str, Tensor], meant: Mapping[str, Tensor], where: object) -> None:
     """Raises: CheckpointError unless what was read back equals what was to be written, bit for bit."""
     if wrong := sorted(found.keys() ^ meant.keys()):
         raise CheckpointError(f"{where}: read back with other weights than were written: {some(wrong, 3)}")
-    if wrong := [name for name in meant if not _tensor_bits_equal(found[name], meant[name])]:
+    if wrong := differing(found, meant):
         raise CheckpointError(
             f"{where}: {len(wrong)} weights were read back with other values than were written: {some(wrong, 3)}"
         )
@@ -116,18 +84,15 @@ def check_fields(found: Mapping[str, Any], meant: Mapping[str, Any], where: obje
         raise CheckpointError(f"{where}: read back with another configuration: {pairs}")
 
 
-def _tensor_bits_equal(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    a, b = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    return torch.equal(a, b)
-
-
 # The names that the original program's class has
 
 
-def check_ldm_shapes(shapes: Mapping[str, tuple[int, ...]], fields: Mapping[str, Any], where: object) -> None:
-    """Raises: CheckpointError unless names (without prefix) and shapes are those of the LDM class of this size."""
+def check_ldm_names(path: Path, prefix: str, fields: Mapping[str, Any], where: object) -> None:
+    """Raises: CheckpointError unless names (after the prefix) and shapes are those of the LDM class of this size."""
+    stored = read_shapes(path)
+    if strangers := [name for name in stored if not name.startswith(prefix)]:
+        raise CheckpointError(f"{where}: names without the prefix `{prefix}`: {some(strangers, 3)}")
+    shapes = {name.removeprefix(prefix): shape for name, shape in stored.items()}
     expected = ldm_shapes(fields)
     lacking, extra = expected.keys() - shapes.keys(), shapes.keys() - expected.keys()
     other = {name for name in expected.keys() & shapes.keys() if expected[name] != tuple(shapes[name])}
@@ -264,3 +229,38 @@ def _picture(vae: Autoencoder) -> Tensor:
 
 def _normal(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(_SEED + 1))
+
+
+# The whole
+
+
+def verify(conversion: Conversion, path: Path) -> Verification:
+    """Compare what is on the disk with what was to be written, and its function with the source's.
+
+    ONNX models are run against torch where they are written; of them, what cast and fold change is measured here.
+    Raises: CheckpointError for a result that differs from its source by more than `TOLERANCES`.
+    """
+    where = "the result"
+    place = conversion.place
+    tensors = conversion.tensors
+    if place.options.to == "onnx":
+        vae = conversion.result_vae
+    else:
+        result = read_checkpoint(place.weights_path(path))
+        check_tensors(result.tensors, tensors, where)
+        check_fields(result.fields, conversion.fields, where)
+        tensors, vae = result.tensors, load_weights(result.network, result.tensors)
+    if place.options.to == "ldm":
+        check_ldm_names(path, place.options.prefix, conversion.fields, where)
+    identical = not differing(tensors, conversion.source.tensors)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    comparisons = compare(conversion.source_vae, vae, dtypes)
+    if failed := [comparison for comparison in comparisons if not comparison.passed]:
+        said = "; ".join(f"{c.name} by {c.max_abs_error:.3g}, allowed {c.tolerance:.3g}" for c in failed)
+        raise CheckpointError(f"the result is not kept, for it does not compute what the source does: {said}")
+    return Verification(
+        identical=identical,
+        num_tensors=len(tensors),
+        names_checked=place.options.to == "ldm",
+        comparisons=comparisons,
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 
 from sdvae.data.sources.datasets import DatasetImages, open_dataset
-from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.files import FileBytes, ImageFile, read_regular
 
 __all__ = ["HUB_PREFIX", "TABLE_SUFFIXES", "DatasetName", "DatasetRow", "find_rows", "is_table"]
 
@@ -43,13 +43,13 @@ class DatasetRow:
     dataset: DatasetName
     index: int
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        content = self.content(name)
-        size_bytes = content.stat().st_size if isinstance(content, Path) else len(content)
-        return size_bytes, _opened(self.dataset).modified_ns or 0
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
         return _opened(self.dataset).modified_ns == mtime_ns  # the size alone would take as long as reading the image
+
+    def read(self, name: str) -> FileBytes:
+        content = self.content(name)
+        data = read_regular(content) if isinstance(content, Path) else content
+        return FileBytes(data=data, size_bytes=len(data), mtime_ns=_opened(self.dataset).modified_ns or 0)
 
     def content(self, name: str) -> Path | bytes:
         return _opened(self.dataset)[self.index].content

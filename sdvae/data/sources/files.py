@@ -19,15 +19,16 @@ from sdvae.errors import ConfigError, ImageError
 
 __all__ = [
     "FileBytes",
+    "FileReason",
     "IMAGE_SUFFIXES",
     "ImageFile",
     "Member",
     "choose_images",
     "file_digest",
     "find_images",
-    "folder_digest",
     "os_reason",
     "read_regular",
+    "reason_without_path",
     "refuse_unless_file",
 ]
 
@@ -40,15 +41,29 @@ IMAGE_SUFFIXES: frozenset[str] = frozenset(
 )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileBytes:
+    """The bytes of a file, read once."""
+
+    data: bytes
+    size_bytes: int  # with mtime_ns: a quick sign that the file is unchanged, before its bytes are read again
+    mtime_ns: int
+
+    @property
+    def digest(self) -> str:
+        """As `file_digest`."""
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+
 class Member(Protocol):
     """Where an image lies in a larger file, such as a tar. Can be pickled and hashed."""
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        """Size in bytes and time in ns. Raises: OSError; ImageError, which begins with `name`."""
-        ...
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
         """Whether it seems unchanged since it had this stamp, without reading it. Raises: OSError."""
+        ...
+
+    def read(self, name: str) -> FileBytes:
+        """The image file's bytes, read once. Raises: ImageError, which begins with `name`."""
         ...
 
     def content(self, name: str) -> Path | bytes:
@@ -68,28 +83,22 @@ class ImageFile:
     path: Path  # where to open it; for lists and messages only where it is a member
     member: Member | None = None  # where it is part of a larger file
 
-    def stamp(self) -> tuple[int, int]:
-        """Size in bytes and time in ns: a quick sign that it is unchanged. Raises: OSError, ImageError."""
-        if self.member:
-            return self.member.stamp(str(self.path))
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
-        """Whether it seems unchanged since it had this stamp. Raises: OSError, ImageError."""
+        """Whether it seems unchanged since it was read and had this size and time. Raises: OSError, ImageError."""
         if self.member:
             return self.member.has_stamp(size_bytes, mtime_ns)
-        return self.stamp() == (size_bytes, mtime_ns)
+        status = self.path.stat()
+        return (status.st_size, status.st_mtime_ns) == (size_bytes, mtime_ns)
 
     def read(self) -> FileBytes:
         """Its bytes, with what tells them from others. Raises: ImageError."""
+        if self.member:
+            return self.member.read(str(self.path))
         try:
-            size_bytes, mtime_ns = self.stamp()  # before the bytes: a change while they are read shows in the next run
+            status = self.path.stat()  # before the bytes: a change while they are read shows in the next run
         except OSError as error:
             raise ImageError(f"{self.path}: {os_reason(error)}") from error
-        content = self.content()
-        data = read_regular(content) if isinstance(content, Path) else content
-        return FileBytes(data=data, size_bytes=size_bytes, mtime_ns=mtime_ns)
+        return FileBytes(data=read_regular(self.path), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
     def content(self) -> Path | bytes:
         """The file, or of a member its bytes. Raises: ImageError."""
@@ -101,20 +110,6 @@ class ImageFile:
         if isinstance(content, Path):
             return file_digest(content)
         return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FileBytes:
-    """The bytes of a file, read once."""
-
-    data: bytes
-    size_bytes: int  # with mtime_ns: a quick sign that the file is unchanged, before its bytes are read again
-    mtime_ns: int
-
-    @property
-    def digest(self) -> str:
-        """As `file_digest`."""
-        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
 
 
 def refuse_unless_file(path: Path) -> None:
@@ -191,14 +186,6 @@ def file_digest(path: str | Path) -> str:
         raise ImageError(f"{path}: {os_reason(error)}") from error
 
 
-def folder_digest(spec: str | Path) -> str:
-    """Digest of all images that `spec` names (see find_images): of their keys and bytes, in the order of the keys."""
-    whole = hashlib.sha256()
-    for image in find_images(spec):
-        whole.update(f"{image.key}\0{file_digest(image.path)}\n".encode(errors="surrogateescape"))
-    return f"sha256:{whole.hexdigest()}"
-
-
 def os_reason(error: OSError) -> str:
     """Why the operating system refused, in plain words."""
     if isinstance(error, FileNotFoundError):
@@ -208,6 +195,28 @@ def os_reason(error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "permission denied"
     return f"cannot be read ({error.strerror or error})"
+
+
+def reason_without_path(error: Exception, path: Path) -> str:
+    """An error's message without the path before it, for lists that name the file anyway."""
+    if isinstance(error, OSError):
+        return os_reason(error)
+    return (str(error) or type(error).__name__).removeprefix(f"{path}: ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReason:
+    """Something to say about one input file."""
+
+    key: str  # path below the input folder, with "/"
+    source: str
+    reason: str
+
+    @classmethod
+    def of(cls, key: str, path: Path, error: Exception | str) -> FileReason:
+        """Why a file failed, or a note about it."""
+        reason = error if isinstance(error, str) else reason_without_path(error, path)
+        return cls(key=key, source=str(path), reason=reason)
 
 
 def _known_suffixes() -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, find_images, os_reason
+from sdvae.data.sources.files import IMAGE_SUFFIXES, FileBytes, ImageFile, find_images, os_reason
 from sdvae.errors import ConfigError, ImageError
 
 __all__ = ["TAR_SUFFIX", "TarMember", "find_images_or_tars"]
@@ -29,11 +29,15 @@ class TarMember:
     offset: int  # bytes
     size_bytes: int
 
-    def stamp(self, name: str) -> tuple[int, int]:
-        return self.size_bytes, self.tar.stat().st_mtime_ns
-
     def has_stamp(self, size_bytes: int, mtime_ns: int) -> bool:
-        return self.stamp("") == (size_bytes, mtime_ns)
+        return (self.size_bytes, self.tar.stat().st_mtime_ns) == (size_bytes, mtime_ns)
+
+    def read(self, name: str) -> FileBytes:
+        try:
+            mtime_ns = self.tar.stat().st_mtime_ns
+        except OSError as error:
+            raise ImageError(f"{name}: {os_reason(error)}") from error
+        return FileBytes(data=self.content(name), size_bytes=self.size_bytes, mtime_ns=mtime_ns)
 
     def content(self, name: str) -> bytes:
         try:

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from sdvae.checkpoints.compat.facts import WeightFacts
+from sdvae.checkpoints.compat.facts import WeightFacts, weight_facts
 from sdvae.checkpoints.compat.loaders import LoaderVerdict, loader_verdicts
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.cli.main import cli
@@ -65,7 +65,7 @@ def facts(
     given: dict[str, Any] = {"path": "vae.safetensors", "is_folder": False, "suffix": ".safetensors", "fields": known}
     if layout == "folder":
         given |= {"path": "my-vae", "is_folder": True, "has_config": True}
-    return WeightFacts(shapes=shapes, **(given | others))
+    return weight_facts(shapes, **(given | others))
 
 
 def verdicts(found: WeightFacts) -> dict[str, LoaderVerdict]:
@@ -315,7 +315,7 @@ def test_a_shift_without_quant_convs_is_said_not_to_fold() -> None:
 
 def test_other_weights_are_not_judged() -> None:
     for shapes in ({}, {"1.conv.0.weight": (64, 3, 3, 3)}, {"down_blocks.0.resnets.0.norm1.weight": (8,)}):
-        assert loader_verdicts(WeightFacts(path="x", is_folder=False, suffix=".safetensors", shapes=shapes)) == ()
+        assert loader_verdicts(weight_facts(shapes, path="x", is_folder=False, suffix=".safetensors")) == ()
 
 
 def test_importing_loaders_imports_no_torch() -> None:
@@ -379,9 +379,9 @@ def test_diffusers_itself_agrees(
             return False
 
     shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    common: dict[str, Any] = {"suffix": ".safetensors", "shapes": shapes, "fields": TINY}
-    as_file = verdicts(WeightFacts(path=str(file), is_folder=False, **common))
-    as_folder = verdicts(WeightFacts(path=str(mine), is_folder=True, has_config=True, **common))
+    common: dict[str, Any] = {"suffix": ".safetensors", "fields": TINY}
+    as_file = verdicts(weight_facts(shapes, path=str(file), is_folder=False, **common))
+    as_folder = verdicts(weight_facts(shapes, path=str(mine), is_folder=True, has_config=True, **common))
     single = gives_the_vae(lambda: StockAutoencoderKL.from_single_file(str(file), config=str(folder)))
     whole = gives_the_vae(lambda: StockAutoencoderKL.from_pretrained(str(mine)))
     assert as_file["diffusers from_single_file"].takes is single
@@ -399,13 +399,13 @@ def test_the_offered_commands_make_the_file_acceptable(
     vae = StockAutoencoderKL(**with_levels(32, 32, scaling_factor=0.31, layers_per_block=1))
     vae.save_pretrained("vae")
     file = Path("vae/diffusion_pytorch_model.safetensors")
-    before = WeightFacts(
-        path="vae", is_folder=True, suffix=".safetensors", shapes=read_shapes(file), has_config=True, fields=vae.config
+    before = weight_facts(
+        read_shapes(file), path="vae", is_folder=True, suffix=".safetensors", has_config=True, fields=vae.config
     )
     fix = verdicts(before)["CompVis / sgm"].fix
     assert fix is not None
     result = CliRunner().invoke(cli, shlex.split(fix)[1:])
     assert result.exit_code == 0, result.output
     written = Path(shlex.split(fix)[3])
-    after = WeightFacts(path=str(written), is_folder=False, suffix=".safetensors", shapes=read_shapes(written))
+    after = weight_facts(read_shapes(written), path=str(written), is_folder=False, suffix=".safetensors")
     assert verdicts(after)["CompVis / sgm"].takes

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from sdvae.checkpoints.convert import run as convert_module
+from sdvae.checkpoints.convert import verify
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.pipeline import read_pipeline
 from sdvae.checkpoints.convert.run import convert
@@ -253,7 +253,7 @@ def test_a_pipeline_that_cannot_be_copied_whole_leaves_nothing(
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "compare", interrupt)
+    monkeypatch.setattr(verify, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(vae, tmp_path / "new", options=ConvertOptions(into=pipeline))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "vae"]

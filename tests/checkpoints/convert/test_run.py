@@ -13,18 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdvae.checkpoints import read, write
-from sdvae.checkpoints.convert import run as convert_module
+from sdvae.checkpoints import fit, keys, tensor_files
+from sdvae.checkpoints.convert import plan, verify, write
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
-from sdvae.checkpoints.convert.verify import build, compare, full_config, ldm_shapes, same_bits
+from sdvae.checkpoints.convert.verify import compare, ldm_shapes
 from sdvae.checkpoints.describe import describe_vae
+from sdvae.checkpoints.fit import full_config, load_weights
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, from_metadata, update_config
 from sdvae.checkpoints.read import bundled_path, read_checkpoint
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.tensor_files import differing
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
-from sdvae.model.autoencoder import AutoencoderKL
+from sdvae.model.network import Autoencoder
 
 from diffusers import AutoencoderKL as StockAutoencoderKL  # isort: skip  # after the repair of torchvision
 
@@ -79,6 +81,14 @@ def source(tmp_path: Path) -> Path:
     """A VAE folder as diffusers writes it."""
     make().save_pretrained(tmp_path / "source")
     return tmp_path / "source"
+
+
+def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return not differing(one, other)
+
+
+def build(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Autoencoder:
+    return load_weights(fit.build(config, "a test"), tensors)
 
 
 def left_in(folder: Path) -> list[str]:
@@ -506,7 +516,7 @@ def test_a_scale_that_is_set_later_is_no_longer_assumed(bare: Path, tmp_path: Pa
 
 def damaged_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, one value goes wrong on its way to the disk."""
-    save = write.safetensors.torch.save_file
+    save = tensor_files.safetensors.torch.save_file
 
     def wrong(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         name = min(tensors)
@@ -514,7 +524,7 @@ def damaged_save(monkeypatch: pytest.MonkeyPatch) -> None:
         other.view(-1)[0] += 0.5
         save({**tensors, name: other}, path, metadata=metadata)
 
-    monkeypatch.setattr(write.safetensors.torch, "save_file", wrong)
+    monkeypatch.setattr(tensor_files.safetensors.torch, "save_file", wrong)
 
 
 @pytest.mark.parametrize(
@@ -548,21 +558,25 @@ def test_levels_in_the_wrong_order_are_found_in_one_direction_and_in_both(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(fields(8, 8, 8)).save_pretrained(tmp_path / "even")  # the top two levels have equal shapes
-    monkeypatch.setattr(write, "to_ldm", swapped((1, 2), write.to_ldm, before=False))
+    monkeypatch.setattr(plan, "to_ldm", swapped((1, 2), plan.to_ldm, before=False))
     with pytest.raises(CheckpointError, match="read back with other values"):
         convert(tmp_path / "even", tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     monkeypatch.undo()
 
-    monkeypatch.setattr(write, "to_ldm", swapped((0, 1), write.to_ldm, before=False))
-    monkeypatch.setattr(read, "from_ldm", swapped((0, 1), read.from_ldm, before=True))
+    monkeypatch.setattr(plan, "to_ldm", swapped((0, 1), plan.to_ldm, before=False))
+    monkeypatch.setattr(keys, "from_ldm", swapped((0, 1), keys.from_ldm, before=True))
     with pytest.raises(CheckpointError, match="not what loaders of LDM files expect"):
         convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm"))
     assert left_in(tmp_path) == ["even", "source"]
 
 
 def test_a_prefix_that_was_forgotten_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forgetful = write.write_ldm_file
-    monkeypatch.setattr(convert_module, "write_ldm_file", lambda *arguments, prefix: forgetful(*arguments, prefix=""))
+    save = write.save_tensors
+
+    def forgetful(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+        save({name.removeprefix("vae."): tensor for name, tensor in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr(write, "save_tensors", forgetful)
     with pytest.raises(CheckpointError, match="names without the prefix `vae.`"):
         convert(source, tmp_path / "a.safetensors", options=ConvertOptions(to="ldm", prefix="vae."))
 
@@ -587,7 +601,7 @@ def test_the_comparison_passes_a_cast_and_sees_wrong_weights(dtype: torch.dtype)
 
 
 def test_the_comparison_does_not_pass_nan() -> None:
-    vae: AutoencoderKL = build(make().state_dict(), SD)
+    vae = build(make().state_dict(), SD)
     broken = build(make().state_dict(), SD)
     with torch.no_grad():
         broken.decoder.conv_out.bias[0] = float("nan")
@@ -599,7 +613,7 @@ def test_the_comparison_does_not_pass_nan() -> None:
 def test_a_wrong_configuration_is_found(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     careless = write.write_diffusers_folder
     monkeypatch.setattr(
-        convert_module,
+        write,
         "write_diffusers_folder",
         lambda folder, tensors, config, notes, **others: careless(
             folder, tensors, config | {"scaling_factor": 1.0}, notes, **others
@@ -736,7 +750,7 @@ def test_an_interrupted_conversion_leaves_what_was_there(
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "compare", interrupt)
+    monkeypatch.setattr(verify, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / name, options=ConvertOptions(dtype="float16", overwrite=True, **options))
     assert weights.read_bytes() == before

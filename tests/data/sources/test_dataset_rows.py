@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdvae.data.images import read_image_bytes
+from sdvae.data.images import EncodedImage, read_image_bytes
 from sdvae.data.sources.dataset_rows import HUB_PREFIX, DatasetRow, find_rows, is_table
+from sdvae.data.sources.datasets import DatasetImages
 from sdvae.data.sources.files import ImageFile
 from sdvae.errors import ConfigError, ImageError
 
@@ -80,15 +81,33 @@ def test_every_form_gives_its_images_by_number(tmp_path: Path, form: Any, split:
     (tmp_path / "green.png").write_bytes(png("green"))
     assert images[1].digest() == ImageFile("", tmp_path / "green.png").digest()
     assert str(images[1].path) == f"{path}[1]"
-    size_bytes, mtime_ns = images[1].stamp()
+    size_bytes, mtime_ns = stamp_of(images[1])
     assert size_bytes == len(png("green")) and mtime_ns > 0
     assert images[1].has_stamp(size_bytes, mtime_ns) and not images[1].has_stamp(size_bytes, mtime_ns - 1)
+
+
+def stamp_of(image: ImageFile) -> tuple[int, int]:
+    read = image.read()
+    return read.size_bytes, read.mtime_ns
+
+
+def test_a_row_is_fetched_once_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[int] = []
+    get = DatasetImages.__getitem__
+
+    def counting(images: DatasetImages, index: int, /) -> EncodedImage:
+        fetched.append(index)
+        return get(images, index)
+
+    monkeypatch.setattr(DatasetImages, "__getitem__", counting)
+    image = find_rows(write(tmp_path / "one.parquet", *COLOURS))[1]
+    assert image.read().data == png("green") and fetched == [1]
 
 
 def test_a_changed_file_is_opened_anew_and_has_another_stamp(tmp_path: Path) -> None:
     path = write(tmp_path / "one.parquet", *COLOURS)
     before = find_rows(path)[2]
-    stamp = before.stamp()
+    stamp = stamp_of(before)
     write(path, "red", "green", "white")
     after = find_rows(path)[2]
     assert after.content() == png("white")
@@ -103,7 +122,7 @@ def test_images_beside_the_dataset_have_no_stamp_that_says_unchanged(tmp_path: P
     pq.write_table(pa.table({"image": pa.array(cells, kind)}), tmp_path / "one.parquet")
     images = find_rows(tmp_path / "one.parquet")
     assert images[0].content() == tmp_path / "red.png"
-    assert not any(image.has_stamp(*image.stamp()) for image in images)
+    assert not any(image.has_stamp(*stamp_of(image)) for image in images)
 
 
 def test_rows_without_an_image_and_damaged_ones_fail_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, file_digest, find_images, folder_digest, os_reason
+from sdvae.data.sources.files import IMAGE_SUFFIXES, ImageFile, file_digest, find_images, os_reason
 from sdvae.errors import ConfigError, ImageError
 
 
@@ -192,16 +192,8 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree: Path) -> None:
         (tree / "sub").chmod(0o755)
 
 
-def test_digests_are_of_bytes_and_keys(tree: Path, tmp_path: Path) -> None:
+def test_the_digest_of_a_file_is_of_its_bytes(tree: Path) -> None:
     assert file_digest(tree / "b.jpg") == "sha256:" + hashlib.sha256(b"b.jpg").hexdigest()
-    before = folder_digest(tree)
-    assert before == folder_digest(str(tree)) and before.startswith("sha256:") and len(before) == 71
-    (tree / "sub" / "notes.md").write_text("not an image: does not count")
-    assert folder_digest(tree) == before
-    (tree / "sub" / "a.jpg").write_bytes(b"changed")
-    changed = folder_digest(tree)
-    (tree / "b.jpg").rename(tree / "c.jpg")
-    assert len({before, changed, folder_digest(tree)}) == 3
 
 
 def test_the_digest_of_what_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:

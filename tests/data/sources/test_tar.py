@@ -37,7 +37,9 @@ def test_images_of_a_tar_are_found_by_name_with_their_bytes(tmp_path: Path) -> N
     assert contents(images) == {"0.tar/a/cat.jpg": b"one", "0.tar/dog.PNG": b"four"}
     (tmp_path / "one").write_bytes(b"one")
     assert images[0].digest() == ImageFile("one", tmp_path / "one").digest()
-    assert images[0].stamp() == (3, tar.stat().st_mtime_ns)
+    read = images[0].read()
+    assert (read.data, read.size_bytes, read.mtime_ns) == (b"one", 3, tar.stat().st_mtime_ns)
+    assert read.digest == images[0].digest() and images[0].has_stamp(read.size_bytes, read.mtime_ns)
     assert images[0].path == tar / "a/cat.jpg"  # for messages
 
 
