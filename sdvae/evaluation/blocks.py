@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.errors import ConfigError
+from sdvae.evaluation.images import blocks_of
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.set_metrics import SetFeatures
+from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.swap import SwapTest
+from sdvae.features.inception import NUM_FEATURES
 from sdvae.files import remove_leftovers, write_atomic
 from sdvae.metrics.latent_health import LatentHealth
 
@@ -59,6 +64,18 @@ class Measured:
     pixels: int = 0
     seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, setup: Setup, folder: Path) -> Measured:
+        """What there is before the first block. folder: for files of what does not go into memory."""
+        owners = (ORIGINALS, *setup.subjects) if setup.networks.set_metrics else ()
+        files = {owner: folder / f"features-{owner}.npy" for owner in owners if "kid" in setup.networks.set_metrics}
+        return cls(
+            values={id_: {name: [] for name in setup.networks.metrics} for id_ in setup.subjects},
+            latents={id_: LatentHealth(subject.latent_channels) for id_, subject in setup.subjects.items()},
+            swaps={id_: SwapTest(*pair) for id_, pair in setup.swap_pairs.items()},
+            features={owner: SetFeatures(NUM_FEATURES, len(setup.plan.files), files.get(owner)) for owner in owners},
+        )
 
     def add(self, block: Block) -> None:
         """Take in the next block."""
@@ -118,8 +135,9 @@ class BlockStore:
     def _discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def has(self, number: int) -> bool:
-        return self._path(number).is_file()
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of these blocks that are yet to be measured."""
+        return [number for number in numbers if not (self.folder / _NAME.format(number)).is_file()]
 
     def save(self, number: int, block: Block) -> None:
         """Raises: OSError."""
@@ -132,11 +150,11 @@ class BlockStore:
         text = json.dumps({name: getattr(block, name) for name in _JSON_FIELDS})
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, json=np.frombuffer(text.encode(), np.uint8), **arrays)
-        write_atomic(buffer.getvalue(), self._path(number))
+        write_atomic(buffer.getvalue(), self.folder / _NAME.format(number))
 
     def load(self, number: int) -> Block:
         block = Block()
-        with np.load(self._path(number), allow_pickle=False) as file:
+        with np.load(self.folder / _NAME.format(number), allow_pickle=False) as file:
             for name, value in json.loads(bytes(file["json"])).items():
                 setattr(block, name, value)
             for path in file.files:
@@ -146,14 +164,12 @@ class BlockStore:
                 getattr(block, name).setdefault(owner, {})[key] = file[path]
         return block
 
-    def load_into(self, measured: Measured, num_blocks: int) -> Measured:
+    def load_all(self, setup: Setup) -> Measured:
         """All blocks in their order; one of them is in memory at a time."""
-        for number in range(num_blocks):
+        measured = Measured.nothing(setup, self.folder)
+        for number in range(len(blocks_of(len(setup.plan.files)))):
             measured.add(self.load(number))
         return measured
-
-    def _path(self, number: int) -> Path:
-        return self.folder / _NAME.format(number)
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sdvae._version import __version__
-from sdvae.checkpoints.opened import OpenedVae
 from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import Measured
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
 from sdvae.evaluation.images import Prepared, prepare, slice_of, stand_digest
-from sdvae.evaluation.plan import ORIGINALS
+from sdvae.evaluation.measure import read_images
+from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
 from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, write_statistics
 from sdvae.evaluation.setup import Setup
@@ -35,16 +33,13 @@ from sdvae.report.result import EvaluationResult
 __all__ = ["conclude"]
 
 _FEW_FOR_RFID = 2048  # fewer images than features leave their covariance singular
-_MAX_SEAM_PX = 1024  # of larger images the centre is taken: the pass without tiles has to fit into memory
-
-Read = Callable[[Sequence[int]], Iterator[tuple[int, Prepared | Exception]]]
 
 
-def conclude(setup: Setup, measured: Measured, read: Read, started: float) -> EvaluationResult:
+def conclude(setup: Setup, measured: Measured, started: float) -> EvaluationResult:
     """All that follows from what was measured; gates and published numbers are left to the caller.
 
-    read: indices of images -> the images again, for stress tests and pictures. started: time.perf_counter() of the
-    run's begin. Raises: ImageError where no image could be read.
+    Images for stress tests and pictures are read again. started: time.perf_counter() of the run's begin.
+    Raises: ImageError where no image could be read.
     """
     plan = setup.plan
     if not measured.images:
@@ -61,9 +56,10 @@ def conclude(setup: Setup, measured: Measured, read: Read, started: float) -> Ev
     elif setup.networks.set_metrics:
         sets = _measure_sets(setup, measured)
     spaced = _spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
-    images_for_stress = _read_whole(setup, _read_again(read, measured, spaced))
+    images_for_stress = _read_whole(plan, _read_again(plan, measured, spaced))
     chosen = choose_gallery(measured.values, len(measured.images), plan.options.gallery_images)
-    gallery = _read_again(read, measured, chosen)
+    gallery = _read_again(plan, measured, chosen)
+    comparisons = _comparisons(setup, measured, sets, rows)
     lost = len(spaced) - len(images_for_stress), len(chosen) - len(gallery)
     return EvaluationResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,7 +69,7 @@ def conclude(setup: Setup, measured: Measured, read: Read, started: float) -> Ev
         metrics=rows,
         skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
         vaes=_vaes(setup, measured, slices, sets, images_for_stress),
-        comparisons=_comparisons(setup, measured, sets, rows),
+        comparisons=comparisons,
         warnings=[*_warnings(measured, "rfid" in next(iter(sets.values()))), *_lost_warnings(*lost)],
         per_image={
             "keys": [image["key"] for image in measured.images],
@@ -137,6 +133,7 @@ def _vaes(
 ) -> list[dict[str, Any]]:
     plan = setup.plan
     bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
+    core_metrics = {name: function for name, function in setup.networks.metrics.items() if name in CORE_METRICS}
     found = []
     for entrant in plan.entrants:
         subject, values = setup.subjects[entrant.id], measured.values[entrant.id]
@@ -154,31 +151,17 @@ def _vaes(
                     step: seconds / (measured.pixels / 1e6) for step, seconds in measured.seconds[entrant.id].items()
                 },
                 "latents": measured.latents[entrant.id].health(*configured),
-                "stress": _stress(setup, subject, images_for_stress),
+                "stress": run_stress(
+                    plan.options.stress,
+                    subject,
+                    [(image.key, image.pixels) for image, _ in images_for_stress],
+                    [(whole.key, whole.pixels) for _, whole in images_for_stress],
+                    core_metrics,
+                    plan.protocol.seed,
+                ),
             }
         )
     return found
-
-
-def _stress(setup: Setup, subject: OpenedVae, images: Sequence[tuple[Prepared, Prepared]]) -> dict[str, Any]:
-    """The stress tests that were asked for. images: as measured, and at the size that they have on disk."""
-    measured = [(prepared.key, prepared.pixels) for prepared, _ in images]
-    whole = [(prepared.key, prepared.pixels) for _, prepared in images]
-    pieces = [(key, _centre(pixels, _MAX_SEAM_PX)) for key, pixels in whole]
-    metrics = {name: function for name, function in setup.networks.metrics.items() if name in CORE_METRICS}
-    found: dict[str, Any] = {}
-    notes: list[str] = []
-    for name in setup.plan.options.stress:
-        inputs = {"resolution": whole, "seams": pieces}.get(name, measured)
-        part = run_stress([name], subject, inputs, metrics, setup.plan.protocol.seed)
-        notes += part.pop("notes")
-        found |= part
-    return found | {"notes": notes} if found else {}
-
-
-def _centre(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
 
 
 def _comparisons(
@@ -199,7 +182,7 @@ def _comparisons(
             if id_ in measured.swaps
             else {"skipped": swap_obstacle(subjects[id_], subjects[reference.id])},
         }
-        for id_ in setup.candidates
+        for id_ in (entrant.id for entrant in plan.entrants if entrant.role == "candidate")
     ]
 
 
@@ -223,20 +206,20 @@ def _dataset(setup: Setup, measured: Measured, slices: Sequence[str]) -> dict[st
     }
 
 
-def _read_again(read: Read, measured: Measured, places: Sequence[int]) -> list[Prepared]:
+def _read_again(plan: EvaluationPlan, measured: Measured, places: Sequence[int]) -> list[Prepared]:
     """Some of the measured images, without those that have gone or changed since."""
     digests = {measured.images[place]["index"]: measured.images[place]["digest"] for place in places}
-    items = [item for _, item in read(list(digests))]
+    items = [item for _, item in read_images(plan, list(digests))]
     return [item for item in items if isinstance(item, Prepared) and item.digest == digests[item.index]]
 
 
-def _read_whole(setup: Setup, images: Sequence[Prepared]) -> list[tuple[Prepared, Prepared]]:
+def _read_whole(plan: EvaluationPlan, images: Sequence[Prepared]) -> list[tuple[Prepared, Prepared]]:
     """Each with the same image neither resized nor cropped, without those that have just gone."""
-    whole = replace(setup.plan.protocol, size_px=None, crop="none")
+    whole = replace(plan.protocol, size_px=None, crop="none")
     pairs = []
     for image in images:
         with suppress(ImageError):
-            pairs.append((image, prepare(image.index, setup.plan.files[image.index], whole)))
+            pairs.append((image, prepare(image.index, plan.files[image.index], whole)))
     return pairs
 
 

@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 _LEAST_STD = 2 * math.exp(-15)  # what logvar at its lower clamp, -30, leaves of a channel that is constant, twice
 
 
+@dataclass(eq=False)
 class Moments:
     """Count, mean and sums of products about the mean, of vectors that come in parts; or of many kinds at once.
 
@@ -29,10 +30,9 @@ class Moments:
     Source: Chan, Golub & LeVeque 1983, Algorithms for computing the sample variance.
     """
 
-    def __init__(self, count: Array, mean: Array, products: Array) -> None:
-        self.count = count  # (...,)
-        self.mean = mean  # (..., D)
-        self.products = products  # (..., D, D), sums of outer products about the mean
+    count: Array  # (...,)
+    mean: Array  # (..., D)
+    products: Array  # (..., D, D), sums of outer products about the mean
 
     @classmethod
     def zeros(cls, width: int, *kinds: int) -> Moments:
@@ -41,12 +41,10 @@ class Moments:
     @classmethod
     def of(cls, vectors: Array) -> Moments:
         """vectors: (..., D, N)."""
-        count = np.full(vectors.shape[:-2], float(vectors.shape[-1]))
-        if not vectors.shape[-1]:
-            return cls.zeros(vectors.shape[-2], *count.shape)
-        mean = vectors.mean(axis=-1)
+        num = vectors.shape[-1]
+        mean = vectors.sum(axis=-1) / max(1, num)
         centred = vectors - mean[..., None]
-        return cls(count, mean, centred @ centred.swapaxes(-1, -2))
+        return cls(np.full(vectors.shape[:-2], float(num)), mean, centred @ centred.swapaxes(-1, -2))
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count

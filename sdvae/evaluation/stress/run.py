@@ -7,7 +7,7 @@ is drawn at random but z, from a stream per image. Metrics are called as everywh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,14 +40,11 @@ __all__ = [
 CYCLES = (1, 2, 5, 10)
 SIZES_PX = (128, 256, 512, 768, 1024)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SEAM_PX = 1024  # of larger images the centre is taken: the pass without tiles has to fit into memory
 
-Images = Sequence[Pixels | tuple[str, Pixels]]  # (H, W, 3), alone or with a key; without, the index is the key
+Images = Sequence[tuple[str, Pixels]]  # key, (H, W, 3)
 Metrics = Mapping[str, Compute]
-Progress = Callable[[int, int], None]  # images done, images in all
 Note = Callable[[str], None]  # takes a sentence for the reader of the result
-
-
-def _no_progress(done: int, total: int) -> None: ...
 
 
 def _no_note(sentence: str) -> None: ...
@@ -60,7 +57,6 @@ def cycles(
     metrics: Metrics,
     *,
     counts: Sequence[int] = CYCLES,
-    on_progress: Progress = _no_progress,
 ) -> dict[str, Any]:
     """Encode and decode again and again, as if saved as a picture and opened each time: 8 bits after every pass.
 
@@ -69,7 +65,7 @@ def cycles(
     """
     counts = sorted(set(counts))
     means = [_Means(metrics) for _ in counts]
-    for _, pixels in _each(images, on_progress):
+    for _, pixels in images:
         original, recon = _levels(pixels, subject), _levels(pixels, subject)
         for count in range(1, counts[-1] + 1):
             recon = round_to_8_bits(_reconstruct(subject, recon * 2 - 1))
@@ -90,7 +86,6 @@ def resolution(
     metrics: Metrics,
     *,
     sizes: Sequence[int] = SIZES_PX,
-    on_progress: Progress = _no_progress,
     note: Note = _no_note,
 ) -> list[dict[str, Any]]:
     """The same images at several sizes: central squares, resized with an antialiased Lanczos filter, never enlarged.
@@ -99,7 +94,7 @@ def resolution(
     """
     means = {size: _Means(metrics) for size in sorted(set(sizes))}
     counts = dict.fromkeys(means, 0)
-    for _, pixels in _each(images, on_progress):
+    for _, pixels in images:
         for size in means:
             if min(pixels.shape[:2]) < size:
                 continue
@@ -124,7 +119,6 @@ def seams(
     subject: OpenedVae,
     images: Images,
     *,
-    on_progress: Progress = _no_progress,
     note: Note = _no_note,
 ) -> list[dict[str, Any]]:
     """The model's own tiles against the pass without tiles.
@@ -144,7 +138,7 @@ def seams(
     found: list[SeamScore] = []
     difference = colour = 0.0
     num_mirrored = num_small = 0
-    for _, pixels in _each(images, on_progress):
+    for _, pixels in images:
         canvas = tiling.canvas(pixels)
         num_mirrored += canvas is not pixels
         x = _levels(canvas, subject) * 2 - 1
@@ -194,7 +188,6 @@ def precision(
     images: Images,
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
-    on_progress: Progress = _no_progress,
     note: Note = _no_note,
 ) -> list[dict[str, Any]]:
     """The reconstruction in each dtype against that in float32. Holds one copy of the weights per dtype.
@@ -208,7 +201,7 @@ def precision(
         dtype: _PrecisionRow(full if dtype == torch.float32 else subject.in_dtype(dtype))
         for dtype in dict.fromkeys(dtypes)
     }
-    for _, pixels in _each(images, on_progress):
+    for _, pixels in images:
         original = _levels(pixels, subject)
         exact = _reconstruct(full, original * 2 - 1)
         for row in rows.values():
@@ -228,7 +221,6 @@ def sampling(
     metrics: Metrics,
     *,
     seed: int = 0,
-    on_progress: Progress = _no_progress,
     note: Note = _no_note,
 ) -> dict[str, Any] | None:
     """z as the mode of the posterior against z as a draw from it.
@@ -238,7 +230,7 @@ def sampling(
     without a posterior.
     """
     of_mode, of_sample, between = _Means(metrics), _Means(metrics), _Means({"psnr": _psnr})
-    for key, pixels in _each(images, on_progress):
+    for key, pixels in images:
         original = _levels(pixels, subject)
         encoding = subject.encode(original * 2 - 1)
         if encoding.posterior is None:
@@ -257,23 +249,13 @@ def sampling(
     }
 
 
-# Name -> (subject, images, metrics, seed, on_progress, note) -> the value in the result
-STRESS_TESTS: dict[str, Callable[[OpenedVae, Images, Metrics, int, Progress, Note], Any]] = {
-    "cycles": lambda subject, images, metrics, seed, progress, note: cycles(
-        subject, images, metrics, on_progress=progress
-    ),
-    "resolution": lambda subject, images, metrics, seed, progress, note: resolution(
-        subject, images, metrics, on_progress=progress, note=note
-    ),
-    "seams": lambda subject, images, metrics, seed, progress, note: seams(
-        subject, images, on_progress=progress, note=note
-    ),
-    "precision": lambda subject, images, metrics, seed, progress, note: precision(
-        subject, images, on_progress=progress, note=note
-    ),
-    "sampling": lambda subject, images, metrics, seed, progress, note: sampling(
-        subject, images, metrics, seed=seed, on_progress=progress, note=note
-    ),
+# Name -> (subject, images, metrics, seed, note) -> the value in the result
+STRESS_TESTS: dict[str, Callable[[OpenedVae, Images, Metrics, int, Note], Any]] = {
+    "cycles": lambda subject, images, metrics, seed, note: cycles(subject, images, metrics),
+    "resolution": lambda subject, images, metrics, seed, note: resolution(subject, images, metrics, note=note),
+    "seams": lambda subject, images, metrics, seed, note: seams(subject, images, note=note),
+    "precision": lambda subject, images, metrics, seed, note: precision(subject, images, note=note),
+    "sampling": lambda subject, images, metrics, seed, note: sampling(subject, images, metrics, seed=seed, note=note),
 }
 
 
@@ -281,14 +263,14 @@ def run_stress(
     names: Sequence[str],
     subject: OpenedVae,
     images: Images,
+    whole: Images,
     metrics: Metrics,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """The stress tests of these names.
 
+    images: as measured; whole: the same at the size that they have on disk, for the tests that are about size.
     metrics: those that are to be measured; where an image is too small for one, that one is left out of its mean.
-    on_progress: is told the name of the test, images done and images in all.
     Returns: name -> what the test found (None where it failed, with a note), and `notes`, sentences; empty without
     names. Raises: ConfigError for an unknown name.
     """
@@ -296,19 +278,22 @@ def run_stress(
         raise ConfigError(f"'{unknown[0]}' is no stress test; expected {', '.join(STRESS_TESTS)}")
     if not names:
         return {}
+    pieces = [(key, _centre(pixels)) for key, pixels in whole]
+    inputs = {"resolution": whole, "seams": pieces}
     notes: list[str] = []
     found: dict[str, Any] = {}
     for name in names:
-
-        def progress(done: int, total: int, name: str = name) -> None:
-            on_progress(name, done, total)
-
         try:
-            found[name] = STRESS_TESTS[name](subject, images, metrics, seed, progress, notes.append)
+            found[name] = STRESS_TESTS[name](subject, inputs.get(name, images), metrics, seed, notes.append)
         except SdvaeError as error:  # the measurements that are done are worth more than this test
             found[name] = None
             notes.append(f"{name.capitalize()}: failed; {error}.")
     return found | {"notes": notes}
+
+
+def _centre(pixels: Pixels) -> Pixels:
+    top, left = (max(0, (length - _MAX_SEAM_PX) // 2) for length in pixels.shape[:2])
+    return pixels[top : top + _MAX_SEAM_PX, left : left + _MAX_SEAM_PX]
 
 
 class _Means:
@@ -420,12 +405,6 @@ class _Tiling:
 
     def _blends(self) -> list[int]:
         return [tile - stride for tile, stride in zip(self.tile, self.stride, strict=True)]
-
-
-def _each(images: Images, on_progress: Progress) -> Iterator[tuple[str, Pixels]]:
-    for index, image in enumerate(images):
-        yield image if isinstance(image, tuple) else (str(index), image)
-        on_progress(index + 1, len(images))
 
 
 def _levels(pixels: Pixels, subject: OpenedVae) -> Tensor:
