@@ -20,7 +20,7 @@ from sdvae.checkpoints.opened import OpenedVae
 from sdvae.data.images import Pixels, image_to_x, round_to_8_bits
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
-from sdvae.evaluation.stress.seams import SEAM_THRESHOLD, SeamScore, colour_step, seam_score
+from sdvae.evaluation.stress.seam_score import SEAM_THRESHOLD, SeamScore, colour_step, seam_score
 from sdvae.metrics.table import IMAGE_METRICS, Compute
 from sdvae.model.posterior import image_generator
 
@@ -124,7 +124,7 @@ def seams(
     """The model's own tiles against the pass without tiles.
 
     Images in which two whole tiles do not fit are continued by mirroring along their longer side. Returns: for
-    `blended`, the one mode that there is, `score` (the largest seam score of an image where tiles meet, see seams.py;
+    `blended`, the one mode that there is, `score` (the largest seam score of an image where tiles meet, see seam_score.py;
     above `threshold` it is a seam), `median_score`, `num_visible` (images with a seam), `colour_step` (the largest
     difference of colour shift between neighbouring tiles, grey levels), `max_difference` (of x in [-1, 1], anywhere)
     and `num_images`. Empty, with a note, for a model without tiles.
