@@ -1,6 +1,6 @@
 """The seam meter: are there lines in an image where tiles met, and do neighbouring tiles differ in colour?
 
-Numpy only. It measures; who ran in tiles and where they meet is known elsewhere (sdvae.evaluation.stress.run).
+Numpy only. It measures; who ran in tiles and where they meet is known elsewhere (sdvae.evaluation.stress.seams).
 """
 
 from __future__ import annotations

@@ -20,16 +20,12 @@ from sdvae.data.images import image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.options import STRESS_NAMES
-from sdvae.evaluation.stress.run import (
-    STRESS_TESTS,
-    _Tiling,
-    cycles,
-    precision,
-    resolution,
-    run_stress,
-    sampling,
-    seams,
-)
+from sdvae.evaluation.stress.cycles import cycles
+from sdvae.evaluation.stress.precision import precision
+from sdvae.evaluation.stress.resolution import resolution
+from sdvae.evaluation.stress.run import STRESS_TESTS, run_stress
+from sdvae.evaluation.stress.sampling import sampling
+from sdvae.evaluation.stress.seams import Tiling, seams
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.scale import LatentScale
@@ -224,7 +220,7 @@ def test_the_ramps_are_where_the_model_blends(build: Callable[[], nn.Module]) ->
     torch.manual_seed(0)
     subject = open_any_vae(build(), CPU, torch.float32)
     model: Any = subject.model
-    tiling, side = _Tiling.of(model), 2 * model.tile_sample_min_size
+    tiling, side = Tiling.of(model), 2 * model.tile_sample_min_size
     height = 40  # below the stride: one row of tiles
     z = torch.randn(1, 4, height // 8, side // 8)
     rows, columns = tiling.lines((height, side))
@@ -248,7 +244,7 @@ def test_the_tiling_of_classes_with_strides() -> None:
         tile_sample_min_height, tile_sample_min_width = 512, 256
         tile_sample_stride_height, tile_sample_stride_width = 448, 192
 
-    tiling = _Tiling.of(Strided())
+    tiling = Tiling.of(Strided())
     assert tiling.lines((960, 448)) == ([448, 480, 512, 896, 928, 960], [192, 224, 256, 384, 416, 448])
     assert tiling.middles((960, 300)) == ([480, 928], [224])
 
