@@ -27,8 +27,8 @@ from sdvae.checkpoints.describe import describe_vae
 from sdvae.checkpoints.formats import CARD_NAME, CONFIG_NAME, SCALE_FIELDS
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.files import write_atomic
-from sdvae.report.html import count, plain
 from sdvae.report.result import EvaluationResult
+from sdvae.report.text import count, plain
 
 __all__ = ["Card", "build_card", "write_card"]
 

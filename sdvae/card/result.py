@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdvae.card.text import public_text
 from sdvae.errors import ConfigError
-from sdvae.report.html import count, number, plain, signed, when
 from sdvae.report.result import EvaluationResult
+from sdvae.report.text import count, number, plain, signed, when
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -14,7 +14,7 @@ from sdvae.card.text import public_text, published
 from sdvae.checkpoints.formats import CONFIG_NAME
 from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
 from sdvae.errors import ConfigError
-from sdvae.report.html import count
+from sdvae.report.text import count
 
 __all__ = ["RunRecord"]
 

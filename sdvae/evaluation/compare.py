@@ -40,7 +40,7 @@ def summarise(values: Values, *, resamples: int = 9999, seed: int = 0) -> dict[s
     Images without a number (NaN, None) are left out; count says how many remain.
     """
     table = _table(values, list(values))
-    low, high = mean_intervals(table, resamples=resamples, seed=seed)
+    low, high = map(_numbers, mean_intervals(table, resamples=resamples, seed=seed))
     return {name: _summary(table[:, i], low[i], high[i]) for i, name in enumerate(values)}
 
 
@@ -70,15 +70,15 @@ def _table(values: Values, names: Sequence[str]) -> Floats:
     return np.where(np.isfinite(table), table, np.nan)
 
 
-def _summary(column: Floats, low: float, high: float) -> dict[str, Any]:
+def _summary(column: Floats, low: float | None, high: float | None) -> dict[str, Any]:
     known = column[~np.isnan(column)]
     if not len(known):
         return dict.fromkeys(("mean", "low", "high", "std", "median", "p5", "p95")) | {"count": 0}
     p5, median, p95 = np.percentile(known, [5, 50, 95])
     return {
         "mean": float(known.mean()),
-        "low": _number(low),
-        "high": _number(high),
+        "low": low,
+        "high": high,
         "std": float(known.std(ddof=1)) if len(known) > 1 else None,
         "median": float(median),
         "p5": float(p5),
@@ -87,8 +87,8 @@ def _summary(column: Floats, low: float, high: float) -> dict[str, Any]:
     }
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _numbers(values: Floats) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 # Against a reference
@@ -114,7 +114,7 @@ def paired_differences(
         if metric["better"] == "target":
             ours[:, i], theirs[:, i] = (np.abs(each[:, i] - metric["target"]) for each in (ours, theirs))
     differences = ours - theirs
-    low, high = mean_intervals(differences, resamples=resamples, seed=seed)
+    low, high = map(_numbers, mean_intervals(differences, resamples=resamples, seed=seed))
     return {
         metric["name"]: _difference(differences[:, i], low[i], high[i], larger_is_better=metric["better"] == "higher")
         for i, metric in enumerate(shared)
@@ -135,19 +135,21 @@ def set_differences(candidate: Row, reference: Row, metrics: Sequence[Row]) -> d
     return found
 
 
-def _difference(differences: Floats, low: float, high: float, *, larger_is_better: bool) -> dict[str, Any]:
+def _difference(
+    differences: Floats, low: float | None, high: float | None, *, larger_is_better: bool
+) -> dict[str, Any]:
     known = differences[~np.isnan(differences)]
     if not len(known):
         nothing = dict.fromkeys(("delta", "low", "high", "won", "lost", "tied"))
         return nothing | {"verdict": "undecided", "count": 0}
     gains = known if larger_is_better else -known
     verdict = "undecided"
-    if len(known) >= MIN_PAIRS and (low > TIE or high < -TIE):
+    if len(known) >= MIN_PAIRS and low is not None and high is not None and (low > TIE or high < -TIE):
         verdict = "better" if (low > 0) == larger_is_better else "worse"  # a target's distance is better smaller
     return {
         "delta": float(known.mean()),
-        "low": _number(low),
-        "high": _number(high),
+        "low": low,
+        "high": high,
         "won": float(np.mean(gains > TIE)),
         "lost": float(np.mean(gains < -TIE)),
         "tied": float(np.mean(np.abs(gains) <= TIE)),

@@ -5,84 +5,78 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sdvae._version import __version__
-from sdvae.checkpoints.opened import OpenedVae
 from sdvae.errors import ImageError
-from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
+from sdvae.evaluation.blocks import Measured
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
-from sdvae.evaluation.images import Prepared, blocks_of, prepare, slice_of, stand_digest
+from sdvae.evaluation.images import Prepared, prepare, slice_of, stand_digest
+from sdvae.evaluation.measure import read_images
+from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
-from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
+from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, write_statistics
 from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.evaluation.swap import swap_obstacle
-from sdvae.metrics.latent_health import LatentHealth
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.report.result import EvaluationResult
 
 __all__ = ["conclude"]
 
 _FEW_FOR_RFID = 2048  # fewer images than features leave their covariance singular
-_MAX_SEAM_PX = 1024  # of larger images the centre is taken: the pass without tiles has to fit into memory
-
-Read = Callable[[Sequence[int]], Iterator[tuple[int, Prepared | Exception]]]
 
 
-def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> EvaluationResult:
-    """All that follows from the blocks of the store; gates and published numbers are left to the caller.
+def conclude(setup: Setup, measured: Measured, started: float) -> EvaluationResult:
+    """All that follows from what was measured; gates and published numbers are left to the caller.
 
-    read: indices of images -> the images again, for stress tests and pictures. started: time.perf_counter() of the
-    run's begin. Raises: ImageError where no image could be read.
+    Images for stress tests and pictures are read again. started: time.perf_counter() of the run's begin.
+    Raises: ImageError where no image could be read.
     """
     plan = setup.plan
-    num_blocks = len(blocks_of(len(plan.files)))
-    table = _Table.of(store.load_all(num_blocks), setup)
-    if not table.images:
+    if not measured.images:
+        first = measured.unreadable[0]
         raise ImageError(
-            f"none of the {len(plan.files)} images can be read; the first: {table.unreadable[0]['key']}: "
-            f"{table.unreadable[0]['reason']}"
+            f"none of the {len(plan.files)} images can be read; the first: {first['key']}: {first['reason']}"
         )
+    slices = [slice_of(image["key"]) for image in measured.images]
     rows = [_metric_row(name) for name in plan.protocol.metrics]
     skipped = [*plan.skipped_metrics, *setup.networks.skipped]
     sets: dict[str, dict[str, Any]] = {id_: {} for id_ in setup.subjects}
-    if setup.networks.set_metrics and len(table.images) < FID_MIN_IMAGES:
+    if setup.networks.set_metrics and len(measured.images) < FID_MIN_IMAGES:
         skipped += [(name, "only one image could be read") for name in setup.networks.set_metrics]
     elif setup.networks.set_metrics:
-        sets = _measure_sets(setup, store, num_blocks)
-    spaced = _spaced(len(table.images), plan.options.stress_images if plan.options.stress else 0)
-    images_for_stress = _read_whole(setup, _read_again(read, table, spaced))
-    chosen = choose_gallery(table.values, len(table.images), plan.options.gallery_images)
-    gallery = _read_again(read, table, chosen)
+        sets = _measure_sets(setup, measured)
+    spaced = _spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
+    images_for_stress = _read_whole(plan, _read_again(plan, measured, spaced))
+    chosen = choose_gallery(measured.values, len(measured.images), plan.options.gallery_images)
+    gallery = _read_again(plan, measured, chosen)
+    comparisons = _comparisons(setup, measured, sets, rows)
     lost = len(spaced) - len(images_for_stress), len(chosen) - len(gallery)
-    vaes = _vaes(setup, table, sets, rows, _merged_health(setup, store, num_blocks), images_for_stress)
     return EvaluationResult(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         sdvae_version=__version__,
         protocol=plan.protocol.to_json(),
-        dataset=_dataset(setup, table),
+        dataset=_dataset(setup, measured, slices),
         metrics=rows,
         skipped_metrics=[{"name": name, "reason": reason} for name, reason in skipped],
-        vaes=vaes,
-        comparisons=_comparisons(setup, table, sets, rows, store, num_blocks),
-        warnings=[*table.warnings("rfid" in next(iter(sets.values()))), *_lost_warnings(*lost)],
+        vaes=_vaes(setup, measured, slices, sets, images_for_stress),
+        comparisons=comparisons,
+        warnings=[*_warnings(measured, "rfid" in next(iter(sets.values()))), *_lost_warnings(*lost)],
         per_image={
-            "keys": [image["key"] for image in table.images],
-            "widths": [image["width"] for image in table.images],
-            "heights": [image["height"] for image in table.images],
-            "slices": table.slices,
-            "values": table.values,
+            "keys": [image["key"] for image in measured.images],
+            "widths": [image["width"] for image in measured.images],
+            "heights": [image["height"] for image in measured.images],
+            "slices": slices,
+            "values": measured.values,
         },
         gallery=[gallery_entry(prepared, setup.subjects, plan.protocol) for prepared in gallery],
         environment={
@@ -97,60 +91,23 @@ def conclude(setup: Setup, store: BlockStore, read: Read, started: float) -> Eva
     )
 
 
-@dataclass(kw_only=True)
-class _Table:
-    """The measurements of all blocks but their arrays."""
-
-    images: list[dict[str, Any]]
-    unreadable: list[dict[str, Any]]
-    values: dict[str, dict[str, list[float | None]]]
-    seconds: dict[str, dict[str, float]]
-    nonfinite: dict[str, int]
-    megapixels: float = 0.0
-
-    @classmethod
-    def of(cls, blocks: Iterator[Block], setup: Setup) -> _Table:
-        ids = setup.subjects
-        table = cls(
-            images=[],
-            unreadable=[],
-            values={id_: {name: [] for name in setup.networks.metrics} for id_ in ids},
-            seconds={id_: {"encode": 0.0, "decode": 0.0} for id_ in ids},
-            nonfinite=dict.fromkeys(ids, 0),
-        )
-        for block in blocks:
-            table.images += block.images
-            table.unreadable += block.unreadable
-            table.megapixels += block.pixels / 1e6
-            for id_ in ids:
-                table.nonfinite[id_] += block.nonfinite[id_]
-                for name, column in table.values[id_].items():
-                    column += block.values[id_][name]
-                for step in table.seconds[id_]:
-                    table.seconds[id_][step] += block.seconds[id_][step]
-        return table
-
-    @property
-    def slices(self) -> list[str]:
-        return [slice_of(image["key"]) for image in self.images]
-
-    def warnings(self, has_rfid: bool) -> list[str]:
-        """What a reader of the numbers must know."""
-        count = len(self.images)
-        found = [
-            f"{id_}: {broken} of {count} reconstructions hold values that are not finite, which count as black or white"
-            for id_, broken in self.nonfinite.items()
-            if broken
-        ]
-        for name, column in next(iter(self.values.values())).items():
-            if lacking := column.count(None):
-                metric = IMAGE_METRICS[name]
-                small = sum(min(image["width"], image["height"]) < metric.min_px for image in self.images)
-                reason = f"{small} are smaller than its {metric.min_px} px" if small else "they lack what it measures"
-                found.append(f"{metric.title} leaves out {lacking} of {count} images: {reason}")
-        if has_rfid and count < _FEW_FOR_RFID:
-            found.append(f"rFID over {count} images is far above that over thousands; compare it on these images alone")
-        return found
+def _warnings(measured: Measured, has_rfid: bool) -> list[str]:
+    """What a reader of the numbers must know."""
+    count = len(measured.images)
+    found = [
+        f"{id_}: {broken} of {count} reconstructions hold values that are not finite, which count as black or white"
+        for id_, broken in measured.nonfinite.items()
+        if broken
+    ]
+    for name, column in next(iter(measured.values.values())).items():
+        if lacking := column.count(None):
+            metric = IMAGE_METRICS[name]
+            small = sum(min(image["width"], image["height"]) < metric.min_px for image in measured.images)
+            reason = f"{small} are smaller than its {metric.min_px} px" if small else "they lack what it measures"
+            found.append(f"{metric.title} leaves out {lacking} of {count} images: {reason}")
+    if has_rfid and count < _FEW_FOR_RFID:
+        found.append(f"rFID over {count} images is far above that over thousands; compare it on these images alone")
+    return found
 
 
 def _metric_row(name: str) -> dict[str, Any]:
@@ -160,40 +117,26 @@ def _metric_row(name: str) -> dict[str, Any]:
     return {field: getattr(IMAGE_METRICS[name], field) for field in fields} | {"kind": "image"}
 
 
-def _measure_sets(setup: Setup, store: BlockStore, num_blocks: int) -> dict[str, dict[str, Any]]:
-    options = setup.plan.options
-    measured = None
-    if setup.fid_reference is None or options.save_fid_statistics is not None:
-        measured = moments_of(store, num_blocks, ORIGINALS)
-    if measured is not None and options.save_fid_statistics is not None:
+def _measure_sets(setup: Setup, measured: Measured) -> dict[str, dict[str, Any]]:
+    if setup.plan.options.save_fid_statistics is not None:
         identity = {"images": stand_digest(setup.plan.files), "protocol": setup.plan.protocol.to_json()}
-        write_statistics(options.save_fid_statistics, measured, identity)
-    originals = setup.fid_reference or measured
-    assert originals is not None
-    return measure_sets(store, num_blocks, list(setup.subjects), setup.plan.protocol, originals)
-
-
-def _merged_health(setup: Setup, store: BlockStore, num_blocks: int) -> dict[str, LatentHealth]:
-    health = {id_: LatentHealth(subject.latent_channels) for id_, subject in setup.subjects.items()}
-    for block in store.load_all(num_blocks):
-        for id_, state in block.latents.items():
-            health[id_].merge(LatentHealth.from_state(state))
-    return health
+        write_statistics(setup.plan.options.save_fid_statistics, measured.features[ORIGINALS].moments, identity)
+    return measure_sets(measured.features, setup.plan.protocol, setup.fid_reference)
 
 
 def _vaes(
     setup: Setup,
-    table: _Table,
+    measured: Measured,
+    slices: Sequence[str],
     sets: dict[str, dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
-    health: dict[str, LatentHealth],
     images_for_stress: Sequence[tuple[Prepared, Prepared]],
 ) -> list[dict[str, Any]]:
     plan = setup.plan
     bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
+    core_metrics = {name: function for name, function in setup.networks.metrics.items() if name in CORE_METRICS}
     found = []
     for entrant in plan.entrants:
-        subject, values = setup.subjects[entrant.id], table.values[entrant.id]
+        subject, values = setup.subjects[entrant.id], measured.values[entrant.id]
         scale = subject.scale
         configured = (None, None) if scale.is_per_channel else (scale.scaling_factor, scale.shift_factor)
         found.append(
@@ -203,103 +146,80 @@ def _vaes(
                 "role": entrant.role,
                 **subject.describe(),
                 "summary": summarise(values, **bootstrap) | sets[entrant.id],
-                "slices": slice_summaries(values, table.slices, **bootstrap),
+                "slices": slice_summaries(values, slices, **bootstrap),
                 "seconds_per_megapixel": {
-                    step: seconds / table.megapixels for step, seconds in table.seconds[entrant.id].items()
+                    step: seconds / (measured.pixels / 1e6) for step, seconds in measured.seconds[entrant.id].items()
                 },
-                "latents": health[entrant.id].health(*configured),
-                "stress": _stress(setup, subject, images_for_stress),
+                "latents": measured.latents[entrant.id].health(*configured),
+                "stress": run_stress(
+                    plan.options.stress,
+                    subject,
+                    [(image.key, image.pixels) for image, _ in images_for_stress],
+                    [(whole.key, whole.pixels) for _, whole in images_for_stress],
+                    core_metrics,
+                    plan.protocol.seed,
+                ),
             }
         )
     return found
 
 
-def _stress(setup: Setup, subject: OpenedVae, images: Sequence[tuple[Prepared, Prepared]]) -> dict[str, Any]:
-    """The stress tests that were asked for. images: as measured, and at the size that they have on disk."""
-    measured = [(prepared.key, prepared.pixels) for prepared, _ in images]
-    whole = [(prepared.key, prepared.pixels) for _, prepared in images]
-    pieces = [(key, _centre(pixels, _MAX_SEAM_PX)) for key, pixels in whole]
-    metrics = {name: function for name, function in setup.networks.metrics.items() if name in CORE_METRICS}
-    found: dict[str, Any] = {}
-    notes: list[str] = []
-    for name in setup.plan.options.stress:
-        inputs = {"resolution": whole, "seams": pieces}.get(name, measured)
-        part = run_stress([name], subject, inputs, metrics, setup.plan.protocol.seed)
-        notes += part.pop("notes")
-        found |= part
-    return found | {"notes": notes} if found else {}
-
-
-def _centre(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
-    return pixels[top : top + side, left : left + side]
-
-
 def _comparisons(
-    setup: Setup,
-    table: _Table,
-    sets: dict[str, dict[str, Any]],
-    rows: Sequence[dict[str, Any]],
-    store: BlockStore,
-    num_blocks: int,
+    setup: Setup, measured: Measured, sets: dict[str, dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     plan, reference = setup.plan, setup.plan.reference
     if reference is None:
         return []
-    swaps = setup.swap_tests()
-    for block in store.load_all(num_blocks):
-        for id_, state in block.swaps.items():
-            swaps[id_].merge(state)
     bootstrap = {"seed": plan.protocol.seed, "resamples": plan.protocol.resamples}
     subjects = setup.subjects
     return [
         {
             "vae": id_,
             "reference": reference.id,
-            "metrics": paired_differences(table.values[id_], table.values[reference.id], rows, **bootstrap)
+            "metrics": paired_differences(measured.values[id_], measured.values[reference.id], rows, **bootstrap)
             | set_differences(sets[id_], sets[reference.id], rows),
-            "swap": swaps[id_].result(id_, reference.id)
-            if id_ in swaps
+            "swap": measured.swaps[id_].result(id_, reference.id)
+            if id_ in measured.swaps
             else {"skipped": swap_obstacle(subjects[id_], subjects[reference.id])},
         }
-        for id_ in setup.candidates
+        for id_ in (entrant.id for entrant in plan.entrants if entrant.role == "candidate")
     ]
 
 
-def _dataset(setup: Setup, table: _Table) -> dict[str, Any]:
+def _dataset(setup: Setup, measured: Measured, slices: Sequence[str]) -> dict[str, Any]:
     whole = hashlib.sha256()
-    for image in table.images:
+    for image in measured.images:
         whole.update(f"{image['key']}\0{image['digest']}\n".encode(errors="surrogateescape"))
-    sides = [side for image in table.images for side in (image["width"], image["height"])]
+    sides = [side for image in measured.images for side in (image["width"], image["height"])]
     return {
         "source": setup.plan.source,
         "num_found": setup.plan.num_found,
-        "num_images": len(table.images),
+        "num_images": len(measured.images),
         "digest": f"sha256:{whole.hexdigest()}",
-        "unreadable": table.unreadable,
-        "slices": {name: table.slices.count(name) for name in sorted({*table.slices})} if any(table.slices) else {},
+        "unreadable": measured.unreadable,
+        "slices": {name: slices.count(name) for name in sorted({*slices})} if any(slices) else {},
         "sizes": {
             "min_px": min(sides),
             "max_px": max(sides),
-            "distinct": len({(image["width"], image["height"]) for image in table.images}),
+            "distinct": len({(image["width"], image["height"]) for image in measured.images}),
         },
     }
 
 
-def _read_again(read: Read, table: _Table, places: Sequence[int]) -> list[Prepared]:
+def _read_again(plan: EvaluationPlan, measured: Measured, places: Sequence[int]) -> list[Prepared]:
     """Some of the measured images, without those that have gone or changed since."""
-    digests = {table.images[place]["index"]: table.images[place]["digest"] for place in places}
-    items = [item for _, item in read(list(digests))]
+    digests = {measured.images[place]["index"]: measured.images[place]["digest"] for place in places}
+    items = [item for _, item in read_images(plan, list(digests))]
     return [item for item in items if isinstance(item, Prepared) and item.digest == digests[item.index]]
 
 
-def _read_whole(setup: Setup, images: Sequence[Prepared]) -> list[tuple[Prepared, Prepared]]:
+def _read_whole(plan: EvaluationPlan, images: Sequence[Prepared]) -> list[tuple[Prepared, Prepared]]:
     """Each with the same image neither resized nor cropped, without those that have just gone."""
-    whole = replace(setup.plan.protocol, size_px=None, crop="none")
+    whole = replace(plan.protocol, size_px=None, crop="none")
     pairs = []
     for image in images:
         with suppress(ImageError):
-            pairs.append((image, prepare(image.index, setup.plan.files[image.index], whole)))
+            pairs.append((image, prepare(image.index, plan.files[image.index], whole)))
     return pairs
 
 

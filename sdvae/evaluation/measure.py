@@ -1,16 +1,18 @@
-"""One block of images through every autoencoder and every metric.
+"""Blocks of images through every autoencoder and every metric, into the store of blocks.
 
-Reading happens in threads ahead of this, see `runner.py`; set metrics are made of the features that are kept here.
+Images are read in threads ahead of this; set metrics are made of the features that are kept here.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -18,31 +20,92 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
-from sdvae.data.batches import group_by_shape
+from sdvae.data.batches import default_workers, group_by_shape, read_ahead
 from sdvae.data.images import round_to_8_bits
-from sdvae.evaluation.blocks import ORIGINALS, Block
-from sdvae.evaluation.images import Prepared
+from sdvae.errors import SdvaeError
+from sdvae.evaluation.blocks import Block, BlockStore
+from sdvae.evaluation.images import Prepared, blocks_of, prepare
+from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, Protocol
+from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.swap import SwapTest
 from sdvae.metrics.latent_health import LatentHealth
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import batch_pixels
 from sdvae.model.posterior import Encoding, image_generator
 
-__all__ = ["Measurement", "MetricFunction"]
+__all__ = ["Measurement", "MetricFunction", "measure_blocks", "read_images"]
 
 MetricFunction = Callable[[Tensor, Tensor], Tensor]
+OnProgress = Callable[[int, int], None]  # images that this process has measured, images that it has to measure
 
 # Inception takes 90 ms for an image among four and 104 for one alone (256 px, one core), whereas a VAE is fastest with
 # one at a time there; so images wait until there are so many of them.
 _FEATURE_IMAGES = 4
 
 
+def measure_blocks(setup: Setup, store: BlockStore, on_progress: OnProgress | None = None) -> None:
+    """Measure this process's share of the blocks, as far as they are missing."""
+    plan, processes = setup.plan, setup.processes
+    blocks = blocks_of(len(plan.files))
+    mine = range(processes.rank, len(blocks), processes.count)
+    missing = store.missing(mine)
+    total = sum(len(blocks[number]) for number in mine)
+    done = total - sum(len(blocks[number]) for number in missing)
+    tell = on_progress if processes.is_main and on_progress is not None else lambda done, total: None
+    tell(done, total)
+    measurement = Measurement(
+        subjects=setup.subjects,
+        protocol=plan.protocol,
+        metrics=setup.networks.metrics,
+        swap_pairs=setup.swap_pairs,
+        reference=None if plan.reference is None else plan.reference.id,
+        swap_images=setup.swap_images,
+        inception=setup.networks.inception,
+        originals=setup.fid_reference is None or plan.options.save_fid_statistics is not None,
+        batch_size=plan.options.batch_size,
+    )
+    number_of = {index: number for number in missing for index in blocks[number]}
+    with closing(read_images(plan, list(number_of))) as reading:
+        for number, members in groupby(reading, key=lambda item: number_of[item[0]]):
+            prepared: list[Prepared] = []
+            unreadable: list[tuple[str, str]] = []
+            for index, item in members:
+                if isinstance(item, Prepared):
+                    prepared.append(item)
+                else:
+                    file = plan.files[index]
+                    unreadable.append((file.key, str(item).removeprefix(f"{file.path}: ")))
+
+            def tell_more(count: int, before: int = done) -> None:
+                tell(before + count, total)
+
+            store.save(number, measurement.block(prepared, unreadable, tell_more))
+            done += len(prepared) + len(unreadable)
+            tell(done, total)
+
+
+def read_images(
+    plan: EvaluationPlan, indices: Sequence[int]
+) -> Generator[tuple[int, Prepared | Exception], None, None]:
+    """Images by their index among the plan's files, read ahead in threads; an ImageError in the place of an image."""
+    workers = plan.options.workers or default_workers()
+    with closing(
+        read_ahead(
+            indices, lambda index: prepare(index, plan.files[index], plan.protocol), attrgetter("num_px"), workers
+        )
+    ) as reading:
+        for index, item in reading:
+            if isinstance(item, Exception) and not isinstance(item, SdvaeError):
+                raise item
+            yield index, item
+
+
 @dataclass(kw_only=True, eq=False)
 class Measurement:
     """All that a block is measured with.
 
-    subjects: by id. swap_tests: gives a fresh swap test for each candidate's id. reference: id that they compare with.
+    subjects: by id. swap_pairs: what swap tests compare, by the candidate's id. reference: id of all their references.
     swap_images: indices of the images that swap tests use, since each costs four more decodings.
     metrics: callables of the image metrics, in the order of display. inception: uint8 (B, 3, H, W) -> (B, D); None: no
     features. originals: whether the originals' features are wanted as well.
@@ -51,7 +114,7 @@ class Measurement:
     subjects: Mapping[str, OpenedVae]
     protocol: Protocol
     metrics: Mapping[str, MetricFunction]
-    swap_tests: Callable[[], Mapping[str, SwapTest]] = dict
+    swap_pairs: Mapping[str, tuple[OpenedVae, OpenedVae]] = field(default_factory=dict)
     reference: str | None = None
     swap_images: frozenset[int] = frozenset()
     inception: Callable[[Tensor], Tensor] | None = None
@@ -69,7 +132,7 @@ class Measurement:
         unreadable: key and reason of the others. on_progress: is told how many images are reconstructed.
         """
         prepared = sorted(prepared, key=lambda each: each.index)
-        work = _Work(self, prepared)
+        work, sizes = _Work(self, prepared), [each.num_px for each in prepared]
         device = next(iter(self.subjects.values())).device
         # Metrics in a thread of their own, with as many OpenMP threads as the VAE. On one core this is up to 3 % slower
         # than by turns, on two 3 %; but there, beside a program that keeps a core busy, it is some ten times faster,
@@ -79,7 +142,7 @@ class Measurement:
             batches = group_by_shape(
                 range(len(prepared)),
                 shape=lambda place: prepared[place].pixels.shape,
-                pixels=lambda place: prepared[place].num_px,
+                pixels=lambda place: sizes[place],
                 batch_size=self.batch_size,
                 batch_pixels=batch_pixels(device),
             )
@@ -107,8 +170,8 @@ class _Work:
             owner: [None] * len(prepared) for owner in (ORIGINALS, *ids)
         }
         self.waiting: list[tuple[str, int, Tensor]] = []  # owner, place, uint8 (3, H, W) of one shape, for features
-        self.latents = {id_: LatentHealth(subject.latent_channels) for id_, subject in ids.items()}
-        self.swaps = measurement.swap_tests()
+        self.latents: dict[str, LatentHealth] = {}
+        self.swaps = {id_: SwapTest(*pair) for id_, pair in measurement.swap_pairs.items()}
         self.seconds = {id_: {"encode": 0.0, "decode": 0.0} for id_ in ids}
         self.nonfinite = dict.fromkeys(ids, 0)
 
@@ -135,6 +198,8 @@ class _Work:
             with self._timed(id_, "decode", device):
                 recon = subject.decode(z, *image.shape[2:])
             self.nonfinite[id_] += int((~recon.isfinite()).flatten(1).any(dim=1).sum())
+            if id_ not in self.latents:
+                self.latents[id_] = LatentHealth(subject.latent_channels)
             self.latents[id_].update(encodings[id_], batch[0].num_px)
             for future in before:  # at most one batch waits, so memory is bounded
                 future.result()

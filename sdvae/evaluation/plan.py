@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from sdvae.data.sources.files import ImageFile, choose_images, find_images
 from sdvae.errors import ConfigError
-from sdvae.evaluation.blocks import ORIGINALS
 from sdvae.evaluation.gates import Gate, gate_needs, parse_gate
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import FID_MIN_IMAGES, SET_METRICS, Protocol
 
-__all__ = ["Entrant", "EvaluationPlan", "plan_evaluation"]
+__all__ = ["ORIGINALS", "Entrant", "EvaluationPlan", "plan_evaluation"]
 
-RESULT_NAME, REPORT_NAME, TABLE_STEM = "result.json", "report.html", "per_image"
+ORIGINALS = "originals"  # the owner of the original images' features; no VAE has this id
 _BUNDLED = "sdvae-mini"
 
 

@@ -6,52 +6,47 @@ disk, so no number depends on who measured what, or when.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 
-from sdvae.data.batches import default_workers, read_ahead
-from sdvae.errors import ConfigError, OutputExistsError, SdvaeError
+from sdvae.errors import ConfigError, OutputExistsError
 from sdvae.evaluation.blocks import BlockStore
 from sdvae.evaluation.conclude import conclude
 from sdvae.evaluation.gates import check_gates
-from sdvae.evaluation.images import BLOCK_IMAGES, Prepared, blocks_of, prepare
-from sdvae.evaluation.measure import Measurement
+from sdvae.evaluation.measure import OnProgress, measure_blocks
 from sdvae.evaluation.options import EvaluateOptions
-from sdvae.evaluation.plan import REPORT_NAME, RESULT_NAME, TABLE_STEM, EvaluationPlan, plan_evaluation
+from sdvae.evaluation.plan import EvaluationPlan, plan_evaluation
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.published import published_rows
 from sdvae.evaluation.setup import Setup, set_up
-from sdvae.files import remove_leftovers, write_atomic
+from sdvae.files import remove_leftovers
 from sdvae.model.device import exact_float32
-from sdvae.report.html import render_report
+from sdvae.processes import join_processes
 from sdvae.report.result import EvaluationResult, load_result
-from sdvae.report.tables import csv_bytes, parquet_bytes
+from sdvae.report.write import RESULT_NAME, write_result
 
 __all__ = ["evaluate", "run_evaluation"]
-
-OnProgress = Callable[[int, int], None]  # images that this process has measured, images that it has to measure
 
 
 def evaluate(
     images: str | Path,
     out: str | Path,
     vaes: Sequence[str | Path | None] = (None,),
+    options: EvaluateOptions | None = None,
     *,
     reference: str | Path | None = None,
     protocol: Protocol | str = "native",
-    options: EvaluateOptions | None = None,
+    on_progress: OnProgress | None = None,
 ) -> EvaluationResult | None:
     """Measure autoencoders on images, compare them with a reference, and write a report: `sdvae evaluate`.
 
     images: a folder, a file, a glob or a .txt list. out: folder for result.json, per_image.csv and report.html.
     vaes, reference: folders, files or hub ids of any diffusers autoencoder; None is the bundled one.
     protocol: what is measured and how, or the name of a preset.
+    on_progress: is told how many images are measured, and how many are to be measured; in this process alone.
     Returns, raises: as `run_evaluation`; ConfigError for images, gates or a folder that cannot be.
     """
     if isinstance(protocol, str):
@@ -59,7 +54,7 @@ def evaluate(
             raise ConfigError(f"'{protocol}' is no preset; expected one of {', '.join(PRESETS)}")
         protocol = PRESETS[protocol]
     plan = plan_evaluation(images, vaes, reference, out, protocol, options or EvaluateOptions())
-    return run_evaluation(plan)
+    return run_evaluation(plan, on_progress)
 
 
 def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) -> EvaluationResult | None:
@@ -70,32 +65,29 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
     Raises: OutputExistsError where the folder holds another evaluation; ImageError where no image can be read;
     SdvaeError where a device, a VAE, a network or a file is not there or does not fit.
     """
-    setup = set_up(plan)
-    processes, options = setup.processes, setup.plan.options
+    processes = join_processes(plan.options.device)
+    setup = set_up(plan, processes)
     store = BlockStore(plan.out / ".evaluation")
     started = time.perf_counter()
-    finished = _finished(setup)
+    result = _finished(setup)
     with ExitStack() as stack:
         stack.enter_context(exact_float32())  # metrics and features are compared with those of other machines
         for subject in setup.subjects.values():
             stack.enter_context(subject.tiled(plan.protocol.tiling))
-        if processes.is_main and finished is None:
+        if result is None and processes.is_main:
             plan.out.mkdir(parents=True, exist_ok=True)
             remove_leftovers([plan.out])
-            store.open(setup.inputs, overwrite=options.overwrite)
+            store.open(setup.inputs, overwrite=plan.options.overwrite)
         processes.wait()
-        if finished is None:
-            _measure(setup, store, on_progress)
+        if result is None:
+            measure_blocks(setup, store, on_progress)
         processes.wait()
         if not processes.is_main:
             return None
-        result = finished or conclude(setup, store, lambda indices: _read(setup, indices), started)
-    result = replace(
-        result,
-        gates=check_gates(plan.gates, result),
-        published=published_rows(options.published) if options.published else [],
-    )
-    _write(setup.plan, result)
+        result = result or conclude(setup, store.load_all(setup), started)
+    published = published_rows(plan.options.published) if plan.options.published else []
+    result = replace(result, gates=check_gates(plan.gates, result), published=published)
+    write_result(result, plan.out)
     store.close(setup.inputs)
     return result
 
@@ -125,67 +117,3 @@ def _finished(setup: Setup) -> EvaluationResult | None:
         f"{path} is of another evaluation (other images, VAEs or settings): choose another --out, or replace it "
         "with --overwrite"
     )
-
-
-def _measure(setup: Setup, store: BlockStore, on_progress: OnProgress | None) -> None:
-    """This process's share of the blocks, as far as they are missing."""
-    plan, processes = setup.plan, setup.processes
-    blocks = blocks_of(len(plan.files))
-    mine = range(processes.rank, len(blocks), processes.count)
-    missing = [number for number in mine if not store.has(number)]
-    total = sum(len(blocks[number]) for number in mine)
-    done = total - sum(len(blocks[number]) for number in missing)
-    tell = on_progress if processes.is_main and on_progress is not None else lambda done, total: None
-    tell(done, total)
-    measurement = Measurement(
-        subjects=setup.subjects,
-        protocol=plan.protocol,
-        metrics=setup.networks.metrics,
-        swap_tests=setup.swap_tests,
-        reference=None if plan.reference is None else plan.reference.id,
-        swap_images=setup.swap_images,
-        inception=setup.networks.inception,
-        originals=setup.fid_reference is None or plan.options.save_fid_statistics is not None,
-        batch_size=plan.options.batch_size,
-    )
-    with closing(_read(setup, [index for number in missing for index in blocks[number]])) as reading:
-        for number, members in groupby(reading, key=lambda item: item[0] // BLOCK_IMAGES):
-            prepared: list[Prepared] = []
-            unreadable: list[tuple[str, str]] = []
-            for index, item in members:
-                if isinstance(item, Prepared):
-                    prepared.append(item)
-                else:
-                    file = plan.files[index]
-                    unreadable.append((file.key, str(item).removeprefix(f"{file.path}: ")))
-
-            def tell_more(count: int, before: int = done) -> None:
-                tell(before + count, total)
-
-            store.save(number, measurement.block(prepared, unreadable, tell_more))
-            done += len(prepared) + len(unreadable)
-            tell(done, total)
-
-
-def _read(setup: Setup, indices: Sequence[int]) -> Generator[tuple[int, Prepared | Exception], None, None]:
-    """Images by their index among the plan's files, read ahead in threads; an ImageError in the place of an image."""
-    plan = setup.plan
-
-    def read(index: int) -> Prepared:
-        return prepare(index, plan.files[index], plan.protocol)
-
-    workers = plan.options.workers or default_workers()
-    with closing(read_ahead(indices, read, attrgetter("num_px"), workers)) as reading:
-        for index, item in reading:
-            if isinstance(item, Exception) and not isinstance(item, SdvaeError):
-                raise item
-            yield index, item
-
-
-def _write(plan: EvaluationPlan, result: EvaluationResult) -> None:
-    # first: it is what costs hours, and the same command makes the others of it
-    write_atomic((json.dumps(result.to_json(), allow_nan=False) + "\n").encode(), plan.out / RESULT_NAME)
-    write_atomic(csv_bytes(result), plan.out / f"{TABLE_STEM}.csv")
-    if (parquet := parquet_bytes(result)) is not None:
-        write_atomic(parquet, plan.out / f"{TABLE_STEM}.parquet")
-    write_atomic(render_report(result).encode("utf-8", "surrogateescape"), plan.out / REPORT_NAME)

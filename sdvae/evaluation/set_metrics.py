@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvae.evaluation.blocks import ORIGINALS, BlockStore
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import Protocol
 from sdvae.files import write_atomic
-from sdvae.metrics.fid import FeatureMoments, FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
+from sdvae.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
+from sdvae.metrics.moments import Moments
 
-__all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "measure_sets", "moments_of", "write_statistics"]
+__all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "SetFeatures", "measure_sets", "write_statistics"]
 
 KID_SUBSET = 1000  # images of a subset, as torch-fidelity draws them; of a smaller set all, once
 _KID_SUBSETS = 100
@@ -55,60 +56,63 @@ SET_METRIC_ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def moments_of(store: BlockStore, num_blocks: int, owner: str) -> FeatureMoments:
-    """Moments of one owner's features over all blocks, in their order; one block in memory at a time."""
-    moments = FeatureMoments()
-    for block in store.load_all(num_blocks):
-        if owner in block.features:
-            moments.update(block.features[owner]["rows"])
-    return moments
+class SetFeatures:
+    """The features of one owner over all images: their moments, and all of them where KID needs them."""
+
+    def __init__(self, width: int, most_images: int, file: Path | None = None) -> None:
+        """width: features of an image. most_images: so many are added, or fewer.
+
+        file: where all features are kept as one array, of which only what is used comes into memory; None: nowhere.
+        """
+        self.moments = Moments.zeros(width)
+        self._rows: NDArray[np.float32] | None = None
+        if file is not None:
+            self._rows = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(most_images, width))
+
+    @property
+    def count(self) -> int:
+        return int(self.moments.count)
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        """rows: (B, D), in the order of the images. Raises: ValueError for values that are not finite."""
+        if not np.isfinite(rows).all():
+            raise ValueError("features are not finite")
+        if self._rows is not None:
+            self._rows[self.count : self.count + len(rows)] = rows
+        self.moments.update(rows.T.astype(np.float64))
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """(N, D), of all images."""
+        assert self._rows is not None  # there is a file for them
+        return self._rows[: self.count]
 
 
-def write_statistics(path: Path, moments: FeatureMoments, identity: Mapping[str, Any]) -> None:
+def write_statistics(path: Path, moments: Moments, identity: Mapping[str, Any]) -> None:
     """A file that `--fid-stats` takes, whole or not at all. Raises: OSError."""
     write_atomic(statistics_bytes(moments, identity), path)
 
 
 def measure_sets(
-    store: BlockStore,
-    num_blocks: int,
-    ids: Sequence[str],
-    protocol: Protocol,
-    originals: FeatureMoments | FeatureStatistics,
+    features: Mapping[str, SetFeatures], protocol: Protocol, statistics: FeatureStatistics | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """VAE -> set metric -> `value`, `std`, `count`.
 
-    originals: of the original images, or of the statistics that stand for them.
+    features: of the originals and of each VAE. statistics: stand for the originals of rFID.
     """
     names = [name for name in SET_METRIC_ROWS if name in protocol.metrics]
-    results: dict[str, dict[str, dict[str, Any]]] = {id_: {} for id_ in ids}
-    rows_of_originals = _all_rows(store, num_blocks, ORIGINALS) if "kid" in names else None
-    for id_ in ids:
-        moments = moments_of(store, num_blocks, id_)
+    originals = features[ORIGINALS]
+    results: dict[str, dict[str, dict[str, Any]]] = {id_: {} for id_ in features if id_ != ORIGINALS}
+    for id_, found in results.items():
+        recons = features[id_]
+        count = recons.count
         if "rfid" in names:
-            value = frechet_distance(moments, originals)
-            results[id_]["rfid"] = {"value": value, "std": None, "count": moments.count}
-        if rows_of_originals is not None:
-            rows = _all_rows(store, num_blocks, id_)
-            size, subsets = (KID_SUBSET, _KID_SUBSETS) if len(rows) > KID_SUBSET else (len(rows), 1)
-            mean, std = kernel_distance(rows, rows_of_originals, subsets=subsets, subset_size=size, seed=protocol.seed)
-            results[id_]["kid"] = {"value": mean, "std": std if subsets > 1 else None, "count": len(rows)}
+            value = frechet_distance(recons.moments, statistics or originals.moments)
+            found["rfid"] = {"value": value, "std": None, "count": count}
+        if "kid" in names:
+            size, subsets = (KID_SUBSET, _KID_SUBSETS) if count > KID_SUBSET else (count, 1)
+            mean, std = kernel_distance(
+                recons.rows, originals.rows, subsets=subsets, subset_size=size, seed=protocol.seed
+            )
+            found["kid"] = {"value": mean, "std": std if subsets > 1 else None, "count": count}
     return results
-
-
-def _all_rows(store: BlockStore, num_blocks: int, owner: str) -> NDArray[np.float32]:
-    """The features of all images as one array on disk, of which only what is used comes into memory."""
-    path = Path(store.folder) / f"features-{owner}.npy"
-    count, width = 0, 0
-    for block in store.load_all(num_blocks):
-        if owner in block.features:
-            count += len(block.features[owner]["rows"])
-            width = block.features[owner]["rows"].shape[1]
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
-    at = 0
-    for block in store.load_all(num_blocks):
-        if owner in block.features:
-            part = block.features[owner]["rows"]
-            rows[at : at + len(part)] = part
-            at += len(part)
-    return rows

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
+from sdvae.errors import ConfigError, MissingWeightsError, SdvaeError
 from sdvae.evaluation.images import stand_digest
-from sdvae.evaluation.networks import Networks, build_networks
+from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import EvaluationPlan
-from sdvae.evaluation.swap import SwapTest, swap_obstacle
+from sdvae.evaluation.protocol import SET_METRICS, Protocol
+from sdvae.evaluation.swap import swap_obstacle
+from sdvae.features.inception import build_inception
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
+from sdvae.metrics.table import build_metric
 from sdvae.model.device import choose_device
-from sdvae.processes import Processes, join_processes
+from sdvae.processes import Processes
 
-__all__ = ["Setup", "set_up"]
+__all__ = ["Networks", "Setup", "build_networks", "set_up"]
+
+_WITHOUT = "choose --metrics without {name} (the group 'plain' needs no network), or add --skip-unavailable"
+
+
+@dataclass(kw_only=True, eq=False)
+class Networks:
+    """Callables of all metrics that can be computed."""
+
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    inception: Callable[[Tensor], Tensor] | None = None
+    set_metrics: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()  # name, reason
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,23 +47,10 @@ class Setup:
     processes: Processes
     device: torch.device
     subjects: dict[str, OpenedVae]
+    swap_pairs: dict[str, tuple[OpenedVae, OpenedVae]]  # candidate -> it and the reference, of one kind of latents
     networks: Networks
     fid_reference: FeatureStatistics | None  # what stands for the originals
     inputs: dict[str, Any]  # what identifies this evaluation: equal inputs, equal numbers
-
-    @property
-    def candidates(self) -> list[str]:
-        """Ids of all but the reference."""
-        return [entrant.id for entrant in self.plan.entrants if entrant.role == "candidate"]
-
-    def swap_tests(self) -> dict[str, SwapTest]:
-        """A fresh swap test for every candidate that has the reference's kind of latents; none without a reference."""
-        reference = self.plan.reference
-        if reference is None:
-            return {}
-        theirs = self.subjects[reference.id]
-        pairs = {id_: (self.subjects[id_], theirs) for id_ in self.candidates}
-        return {id_: SwapTest(*pair) for id_, pair in pairs.items() if swap_obstacle(*pair) is None}
 
     @property
     def swap_images(self) -> frozenset[int]:
@@ -54,15 +59,14 @@ class Setup:
         return frozenset(place * count // wanted for place in range(wanted))
 
 
-def set_up(plan: EvaluationPlan) -> Setup:
+def set_up(plan: EvaluationPlan, processes: Processes) -> Setup:
     """Raises: SdvaeError where a device, a VAE, a network or a file is not there or does not fit."""
     options = plan.options
-    processes, device = join_processes(options.device), choose_device(options.device)
     if not processes.is_main:
         processes.wait()  # the main process downloads what must be downloaded
-    dtype = getattr(torch, plan.protocol.dtype)
-    subjects = {entrant.id: open_any_vae(entrant.ref, device, dtype) for entrant in plan.entrants}
+    device, dtype = choose_device(options.device), getattr(torch, plan.protocol.dtype)
     networks = build_networks(plan.protocol, options, device)
+    subjects = {entrant.id: open_any_vae(entrant.ref, device, dtype) for entrant in plan.entrants}
     if processes.is_main:
         processes.wait()
     left = {name for name, _ in networks.skipped}
@@ -72,11 +76,19 @@ def set_up(plan: EvaluationPlan) -> Setup:
         digest = "sha256:" + hashlib.sha256(options.fid_statistics.read_bytes()).hexdigest()
     metrics = tuple(name for name in plan.protocol.metrics if name not in left)
     plan = replace(plan, protocol=replace(plan.protocol, metrics=metrics, fid_statistics=digest))
+    theirs = None if plan.reference is None else subjects[plan.reference.id]
     return Setup(
         plan=plan,
         processes=processes,
         device=device,
         subjects=subjects,
+        swap_pairs={
+            entrant.id: (subjects[entrant.id], theirs)
+            for entrant in plan.entrants
+            if theirs is not None
+            and entrant.role == "candidate"
+            and swap_obstacle(subjects[entrant.id], theirs) is None
+        },
         networks=networks,
         fid_reference=statistics,
         inputs={
@@ -90,3 +102,39 @@ def set_up(plan: EvaluationPlan) -> Setup:
             "gallery": options.gallery_images,
         },
     )
+
+
+def build_networks(protocol: Protocol, options: EvaluateOptions, device: torch.device) -> Networks:
+    """Build every metric of the protocol; weights are downloaded where they must be.
+
+    Raises: ConfigError for a package that is missing, MissingWeightsError, CheckpointError for weights; the first two
+    leave the metric out with options.skip_unavailable.
+    """
+    metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    skipped: list[tuple[str, str]] = []
+    for name in (name for name in protocol.metrics if name not in SET_METRICS):
+        without = _WITHOUT.format(name=name)
+        try:
+            metrics[name] = build_metric(name, options.weights_path, device=device, option="--weights", without=without)
+        except (ConfigError, MissingWeightsError) as error:
+            skipped.append((name, _reason(error, options, without)))
+    set_metrics = tuple(name for name in protocol.metrics if name in SET_METRICS)
+    inception = None
+    if set_metrics:
+        without = _WITHOUT.format(name=" and ".join(set_metrics))
+        try:
+            inception = build_inception(options.weights_path, option="--weights", without=without).to(device)
+        except (ConfigError, MissingWeightsError) as error:
+            reason = _reason(error, options, without)
+            skipped += [(name, reason) for name in set_metrics]
+            set_metrics = ()
+    return Networks(metrics=metrics, inception=inception, set_metrics=set_metrics, skipped=tuple(skipped))
+
+
+def _reason(error: SdvaeError, options: EvaluateOptions, without: str) -> str:
+    """Why a metric is left out, in one line; raises instead where that was not asked for."""
+    if options.skip_unavailable:
+        return str(error).splitlines()[0].removesuffix(". Looked for")
+    if isinstance(error, MissingWeightsError):  # which says already how to do without
+        raise error
+    raise ConfigError(f"{error}\nOr do without: {without}") from error

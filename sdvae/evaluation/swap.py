@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.data.images import round_to_8_bits
-from sdvae.metrics.latent_health import PairMoments
+from sdvae.metrics.moments import Moments
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.posterior import DiagonalGaussian, Encoding
 
@@ -61,13 +61,10 @@ class SwapTest:
         if obstacle := swap_obstacle(candidate, reference):
             raise ValueError(obstacle)
         self._subjects = (candidate, reference)
-        pairs = PairMoments.zeros(reference.latent_channels)
         self._state: State = {
             "num_images": np.zeros(()),
             "num_not_finite": np.zeros(()),
-            "pairs_count": pairs.count,
-            "pairs_mean": pairs.mean,  # of the latents of candidate and reference
-            "pairs_products": pairs.products,
+            **Moments.zeros(2, reference.latent_channels).state("pairs_"),  # of latents of candidate and reference
             "squared_difference": np.zeros(()),
             "kl": np.zeros(()),
             "num_kl": np.zeros(()),
@@ -80,10 +77,9 @@ class SwapTest:
     def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take in what another test of the same two measured. The order changes no more than the last digits."""
         a, b = self._state, state
-        names = ("pairs_count", "pairs_mean", "pairs_products")
-        pairs = PairMoments(*(a[name] for name in names)) + PairMoments(*(b[name] for name in names))
+        pairs = Moments.from_state(a, "pairs_") + Moments.from_state(b, "pairs_")
         merged = {name: a.get(name, 0.0) + b.get(name, 0.0) for name in sorted(a.keys() | b.keys())}
-        merged |= zip(names, (pairs.count, pairs.mean, pairs.products), strict=True)
+        merged |= pairs.state("pairs_")
         self._state = {name: np.asarray(value, dtype=np.float64) for name, value in merged.items()}
 
     def update(
@@ -162,11 +158,11 @@ class SwapTest:
         if not s["num_images"]:
             return {"skipped": f"none of {int(s['num_not_finite'])} images gave finite latents with both"}
         ids = (candidate_id, reference_id)
-        pairs = PairMoments(s["pairs_count"], s["pairs_mean"], s["pairs_products"])
+        pairs = Moments.from_state(s, "pairs_")
         drift = self._describe_drift(pairs, ids)
         psnr = s["sum/psnr"] / s["count/psnr"]
         decode_loss = float(psnr[1, 1] - psnr[1, 0])
-        aa, bb, ab = pairs.products.sum(axis=1)
+        (aa, ab), (_, bb) = pairs.products.sum(axis=0)
         pooled = float(ab / math.sqrt(aa * bb)) if aa > 0 and bb > 0 else 0.0
         verdict = _verdict(drift["relative_rms"], decode_loss, pooled)
         return {
@@ -181,18 +177,19 @@ class SwapTest:
             },
         }
 
-    def _describe_drift(self, pairs: PairMoments, ids: tuple[str, str]) -> dict[str, Any]:
+    def _describe_drift(self, pairs: Moments, ids: tuple[str, str]) -> dict[str, Any]:
         s = self._state
-        elements = float(pairs.count) * pairs.mean.shape[1]
+        elements = float(pairs.count.sum())
+        squares = pairs.products.diagonal(axis1=1, axis2=2)  # (C, 2)
         rms = math.sqrt(s["squared_difference"] / elements)
-        spread = math.sqrt(pairs.products[1].sum() / elements)
-        std = np.sqrt(pairs.products[:2] / pairs.count)
+        spread = math.sqrt(squares[:, 1].sum() / elements)
+        std = np.sqrt(squares / pairs.count[:, None])
         return {
             "latents_rms": rms,
             "relative_rms": rms / spread if spread > 0 else None,
-            "mean": {id_: pairs.mean[side].tolist() for side, id_ in enumerate(ids)},
-            "std": {id_: std[side].tolist() for side, id_ in enumerate(ids)},
-            "correlation": [float(value) if math.isfinite(value) else None for value in pairs.correlation],
+            "mean": {id_: pairs.mean[:, side].tolist() for side, id_ in enumerate(ids)},
+            "std": {id_: std[:, side].tolist() for side, id_ in enumerate(ids)},
+            "correlation": [float(value) if math.isfinite(value) else None for value in pairs.correlation[:, 0, 1]],
             "kl_nats": float(s["kl"] / s["num_kl"]) if s["num_kl"] else None,
         }
 
@@ -208,12 +205,9 @@ class SwapTest:
 def _drift(ours: Tensor, theirs: Tensor) -> State:
     """ours, theirs: latents (B, C, h, w), float64."""
     a, b = (latents.transpose(0, 1).flatten(1).numpy() for latents in (ours, theirs))  # (C, B * h * w)
-    pairs = PairMoments.of(a, b)
     return {
         "num_images": np.asarray(float(len(ours))),
-        "pairs_count": pairs.count,
-        "pairs_mean": pairs.mean,
-        "pairs_products": pairs.products,
+        **Moments.of(np.stack([a, b], axis=1)).state("pairs_"),
         "squared_difference": np.asarray(float(((a - b) ** 2).sum())),
     }
 

@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.errors import ConfigError
+from sdvae.metrics.moments import Moments
 
 __all__ = [
-    "FeatureMoments",
     "FeatureStatistics",
-    "Moments",
+    "Normal",
     "frechet_distance",
     "kernel_distance",
     "load_statistics",
@@ -54,67 +54,13 @@ class FeatureStatistics:
     identity: Mapping[str, Any] | None = None  # what was measured and how; None where the file does not say
 
 
-class FeatureMoments:
-    """Mean and covariance of features that come in batches; memory does not grow with their number.
-
-    In float64, around the running mean (Chan, Golub & LeVeque 1983), so that neither many images nor a mean far from
-    zero cost digits.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean = torch.zeros(0, dtype=torch.float64)  # (D,), which the first batch tells
-        self._scatter = torch.zeros((0, 0), dtype=torch.float64)  # (D, D), sum of outer products around the mean
-
-    def update(self, features: NDArray[Any]) -> None:
-        """Take in more images.
-
-        features: (B, D).
-        Raises: ValueError for another shape or for values that are not finite; the moments are then as before.
-        """
-        rows = torch.from_numpy(np.array(features, dtype=np.float64))
-        known = len(self._mean)
-        if rows.dim() != 2 or 0 in rows.shape or (known and rows.shape[1] != known):
-            raise ValueError(f"expected features (B, {known or 'D'}), got {tuple(rows.shape)}")
-        if not rows.isfinite().all():
-            raise ValueError("features are not finite")
-        if self.count == 0:
-            self._mean = torch.zeros_like(rows[0])
-            self._scatter = rows.new_zeros(len(rows[0]), len(rows[0]))
-        count, batch_mean = len(rows), rows.mean(dim=0)
-        total = self.count + count
-        difference = batch_mean - self._mean
-        shift = difference * (self.count * count / total) ** 0.5
-        rows = torch.cat([rows - batch_mean, shift[None]])
-        self._mean += difference * (count / total)
-        self._scatter.addmm_(rows.T, rows)  # in place: another matrix of 2048 x 2048 costs more than the product
-        self.count = total
-
-    @property
-    def mean(self) -> _Array:
-        """(D,). Raises: ValueError before the first image."""
-        if self.count == 0:
-            raise ValueError("no images, so no mean")
-        mean: _Array = self._mean.numpy().copy()
-        return mean
-
-    @property
-    def covariance(self) -> _Array:
-        """(D, D), normalised by count - 1. Raises: ValueError for fewer than 2 images."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images; got {self.count}")
-        return (self._scatter / (self.count - 1)).numpy()
-
-
-class Moments(Protocol):
-    """FeatureMoments, which grow, or FeatureStatistics, which were read."""
+class Normal(Protocol):
+    """What FID compares: Moments, which grow, or FeatureStatistics, which were read."""
 
     @property
     def mean(self) -> _Array: ...
     @property
     def covariance(self) -> _Array: ...
-    @property
-    def count(self) -> int | None: ...
 
 
 def _factor(covariance: _Array) -> Tensor:
@@ -129,7 +75,7 @@ def _factor(covariance: _Array) -> Tensor:
     return factor
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Normal, b: Normal) -> float:
     """Squared Frechet distance of two normal distributions, |mean difference|^2 + tr(A + B - 2 (A B)^(1/2)).
 
     The trace of the root is the sum of singular values of R S^T, where A = R^T R and B = S^T S. Unlike the eigenvalues
@@ -194,7 +140,7 @@ def kernel_distance(
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def statistics_bytes(moments: FeatureMoments, identity: Mapping[str, Any]) -> bytes:
+def statistics_bytes(moments: Moments, identity: Mapping[str, Any]) -> bytes:
     """Content of an .npz with mu and sigma, as pytorch-fid names them, and the count and identity beside them.
 
     identity: JSON values that say what was measured and how.

@@ -1,7 +1,6 @@
-"""Statistics of z over a set of images: the scaling factor that follows from them, and the health of a latent space.
+"""The health of a latent space: statistics of z over a set of images, as an evaluation reports them.
 
-Streaming: memory does not grow with the set. `LatentStatistics` is the little that training needs; `LatentHealth` is
-what an evaluation reports, and adds up over processes.
+Streaming: memory does not grow with the set, and what processes measured adds up.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdvae.metrics.moments import Moments, ratio
 from sdvae.model.posterior import Encoding
 
-__all__ = ["CENTRE_MATTERS", "SCALE_MATTERS", "LatentHealth", "LatentStatistics", "PairMoments"]
+__all__ = ["CENTRE_MATTERS", "SCALE_MATTERS", "LatentHealth"]
 
 Array = NDArray[np.float64]
 State = dict[str, NDArray[Any]]
@@ -40,85 +39,6 @@ _HEAVY_TAILED = 5.0  # excess kurtosis; 3 is that of a Laplace distribution
 _NARROW = 0.01  # posterior std relative to the std of z
 
 
-class LatentStatistics:
-    """Running mean and variance of z, per latent channel, over all images and positions."""
-
-    def __init__(self, latent_channels: int) -> None:
-        self.count = 0
-        self.sum = torch.zeros(latent_channels, dtype=torch.float64)
-        self.sum_of_squares = torch.zeros(latent_channels, dtype=torch.float64)
-
-    def update(self, z: Tensor) -> None:
-        """Take in a batch. z: (B, C, h, w), not scaled."""
-        values = z.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (C, B * h * w)
-        self.count += values.shape[1]
-        self.sum += values.sum(dim=1)
-        self.sum_of_squares += values.square().sum(dim=1)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean per channel. Returns: (C,), float64, units of z."""
-        return self.sum / self.count
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation per channel. Returns: (C,), float64, units of z."""
-        return (self.sum_of_squares / self.count - self.mean.square()).clamp(min=0).sqrt()
-
-    @property
-    def scaling_factor(self) -> float:
-        """1 / standard deviation of all elements of z about their common mean.
-
-        Source: Rombach et al. 2022, section 4.3.2 and appendix G: latents of unit variance.
-        """
-        mean = self.sum.sum() / (self.count * len(self.sum))
-        variance = self.sum_of_squares.sum() / (self.count * len(self.sum)) - mean.square()
-        return float(variance.rsqrt())
-
-
-class PairMoments:
-    """Means, variances and covariance of pairs (a, b), channel by channel, in one pass.
-
-    Sums of products about the running means, not about zero: no digits are lost where a mean is far from zero.
-    Source: Chan, Golub & LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample variances.
-    """
-
-    def __init__(self, count: Array, mean: Array, products: Array) -> None:
-        self.count = count  # (...,)
-        self.mean = mean  # (..., 2, C), of a and b
-        self.products = products  # (..., 3, C): sums of aa, bb and ab about the means
-
-    @classmethod
-    def zeros(cls, channels: int, *leading: int) -> PairMoments:
-        return cls(np.zeros(leading), np.zeros((*leading, 2, channels)), np.zeros((*leading, 3, channels)))
-
-    @classmethod
-    def of(cls, a: Array, b: Array) -> PairMoments:
-        """a, b: (C, N)."""
-        if not a.shape[1]:
-            return cls.zeros(len(a))
-        mean = np.stack([a.mean(axis=1), b.mean(axis=1)])
-        a, b = a - mean[0][:, None], b - mean[1][:, None]
-        products = np.stack([np.einsum("cn,cn->c", one, other) for one, other in ((a, a), (b, b), (a, b))])
-        return cls(np.asarray(float(a.shape[1])), mean, products)
-
-    def __add__(self, other: PairMoments) -> PairMoments:
-        count = self.count + other.count
-        share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
-        step = other.mean - self.mean
-        weight = (self.count * share)[..., None, None]
-        between = np.stack([step[..., 0, :] ** 2, step[..., 1, :] ** 2, step[..., 0, :] * step[..., 1, :]], axis=-2)
-        mean = self.mean + share[..., None, None] * step
-        return PairMoments(count, mean, self.products + other.products + weight * between)
-
-    @property
-    def correlation(self) -> Array:
-        """Pearson's, per channel; NaN where a or b does not vary. Returns: (..., C)."""
-        variance = _resolved(_ratio(self.products[..., :2, :], self.count[..., None, None]), self.mean)
-        covariance = _ratio(self.products[..., 2, :], self.count[..., None])
-        return _ratio(covariance, np.sqrt(variance[..., 0, :] * variance[..., 1, :]))
-
-
 class LatentHealth:
     """What z of a set of images is like. Each number is defined at `health`.
 
@@ -128,19 +48,14 @@ class LatentHealth:
 
     def __init__(self, latent_channels: int) -> None:
         c = latent_channels
-        pairs = PairMoments.zeros(c, len(DISTANCES), 2)
         self._state: State = {
             "num_images": np.zeros(()),
             "num_not_finite": np.zeros(()),
             "num_below_window": np.zeros(()),
-            "count": np.zeros(()),  # positions
-            "mean": np.zeros(c),
-            "products": np.zeros((c, c)),  # sums about the mean, of two channels
+            **Moments.zeros(c).state(),  # of positions
             "cubes": np.zeros(c),
             "fourths": np.zeros(c),
-            "pairs_count": pairs.count,
-            "pairs_mean": pairs.mean,
-            "pairs_products": pairs.products,
+            **Moments.zeros(2, len(DISTANCES), 2, c).state("pairs_"),  # at each distance, across and down
             "num_windows": np.zeros(()),
             "power": np.zeros((c, WINDOW // 2)),
             "num_posteriors": np.zeros(()),
@@ -149,13 +64,6 @@ class LatentHealth:
             "kl": np.zeros(c),
             "bits_per_pixel": np.zeros(()),
         }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, NDArray[Any]]) -> LatentHealth:
-        """The inverse of `state`."""
-        health = cls(len(state["mean"]))
-        health._state = {name: np.asarray(state[name], dtype=np.float64) for name in health._state}
-        return health
 
     def state(self) -> State:
         """All that was measured, as arrays whose size does not depend on the number of images."""
@@ -177,11 +85,11 @@ class LatentHealth:
         batch._state |= _moments(z) | _pairs(z) | _spectrum(z) | {"num_images": np.asarray(float(len(z)))}
         if encoding.posterior is not None:
             batch._state |= _posterior(z, _float64(encoding.posterior.logvar[finite]), num_px)
-        self.merge(batch)
+        self.merge(batch._state)
 
-    def merge(self, other: LatentHealth) -> None:
+    def merge(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Take in what another one measured. The order of merging changes no more than the last digits."""
-        a, b = self._state, other._state
+        a, b = self._state, state
         merged = {name: a[name] + b[name] for name in a}  # right for all plain sums
         self._state = merged | _merged_moments(a, b) | _merged_pairs(a, b)
 
@@ -207,10 +115,11 @@ class LatentHealth:
         - notes: what of this needs attention.
         """
         s = self._state
-        variance = _resolved(_ratio(np.diag(s["products"]), s["count"]), s["mean"])
+        moments = Moments.from_state(s)
+        variance = moments.variance
         std = np.sqrt(variance)
         posterior_std, posterior_var, kl = (
-            _ratio(s[name], s["count"] if s["num_posteriors"] else 0.0)
+            ratio(s[name], s["count"] if s["num_posteriors"] else 0.0)
             for name in ("posterior_std", "posterior_var", "kl")
         )
         active = self._active(variance, posterior_var)
@@ -218,8 +127,8 @@ class LatentHealth:
         columns = {
             "mean": s["mean"] if s["count"] else std,
             "std": std,
-            "skew": _ratio(s["cubes"] / max(s["count"], 1.0), np.where(varies, std**3, 0.0)),
-            "kurtosis": _ratio(s["fourths"] / max(s["count"], 1.0), np.where(varies, variance**2, 0.0)) - 3.0,
+            "skew": ratio(s["cubes"] / max(s["count"], 1.0), np.where(varies, std**3, 0.0)),
+            "kurtosis": ratio(s["fourths"] / max(s["count"], 1.0), np.where(varies, variance**2, 0.0)) - 3.0,
             "posterior_std": posterior_std,
             "kl": kl,
         }
@@ -231,9 +140,9 @@ class LatentHealth:
                 for c in range(len(variance))
             ],
             "num_active": int(active.sum()),
-            "kl_nats": _number(_ratio(s["kl"].sum(), s["num_posteriors"])),
-            "bits_per_pixel": _number(_ratio(s["bits_per_pixel"], s["num_posteriors"])),
-            "correlation": _numbers(_ratio(s["products"], np.sqrt(np.outer(variance, variance)) * s["count"])),
+            "kl_nats": _number(ratio(s["kl"].sum(), s["num_posteriors"])),
+            "bits_per_pixel": _number(ratio(s["bits_per_pixel"], s["num_posteriors"])),
+            "correlation": _numbers(moments.correlation),
             "autocorrelation": _numbers(self._autocorrelation()),
             "power_spectrum": self._power_spectrum(),
             "suggested": self._suggested(variance, posterior_var),
@@ -247,10 +156,9 @@ class LatentHealth:
         return active
 
     def _autocorrelation(self) -> Array:
-        s = self._state
-        pairs = PairMoments(s["pairs_count"], s["pairs_mean"], s["pairs_products"]).correlation  # (distance, 2, C)
+        pairs = Moments.from_state(self._state, "pairs_").correlation[..., 0, 1]  # (distance, 2, C)
         known = np.isfinite(pairs)
-        return _ratio(np.where(known, pairs, 0.0).sum(axis=(1, 2)), known.sum(axis=(1, 2)))
+        return ratio(np.where(known, pairs, 0.0).sum(axis=(1, 2)), known.sum(axis=(1, 2)))
 
     def _power_spectrum(self) -> dict[str, Any] | None:
         s = self._state
@@ -278,34 +186,28 @@ def _float64(tensor: Tensor) -> Array:
 
 def _moments(z: Array) -> State:
     values = z.swapaxes(0, 1).reshape(z.shape[1], -1)  # (C, B * h * w)
-    mean = values.mean(axis=1)
-    values = values - mean[:, None]
+    moments = Moments.of(values)
+    values = values - moments.mean[:, None]
     squares = values * values
-    return {
-        "count": np.asarray(float(values.shape[1])),
-        "mean": mean,
-        "products": values @ values.T,
-        "cubes": (squares * values).sum(axis=1),
-        "fourths": (squares * squares).sum(axis=1),
-    }
+    return moments.state() | {"cubes": (squares * values).sum(axis=1), "fourths": (squares * squares).sum(axis=1)}
 
 
-def _merged_moments(a: State, b: State) -> State:
-    count = a["count"] + b["count"]
+def _merged_moments(a: State, b: Mapping[str, NDArray[Any]]) -> State:
+    first, second = Moments.from_state(a), Moments.from_state(b)
+    total = first + second
+    count = total.count
     if not count:
         return {}
-    d = b["mean"] - a["mean"]
-    p, q = a["count"] / count, b["count"] / count
-    second_a, second_b = np.diag(a["products"]), np.diag(b["products"])
-    cubes = d**3 * count * p * q * (p - q) + 3 * d * (p * second_b - q * second_a)
+    d = second.mean - first.mean
+    p, q = first.count / count, second.count / count
+    squares_a, squares_b = first.products.diagonal(), second.products.diagonal()
+    cubes = d**3 * count * p * q * (p - q) + 3 * d * (p * squares_b - q * squares_a)
     fourths = (
         d**4 * count * p * q * (p * p - p * q + q * q)
-        + 6 * d**2 * (p * p * second_b + q * q * second_a)
+        + 6 * d**2 * (p * p * squares_b + q * q * squares_a)
         + 4 * d * (p * b["cubes"] - q * a["cubes"])
     )
-    return {
-        "mean": a["mean"] + q * d,
-        "products": a["products"] + b["products"] + np.outer(d, d) * count * p * q,
+    return total.state() | {
         "cubes": a["cubes"] + b["cubes"] + cubes,
         "fourths": a["fourths"] + b["fourths"] + fourths,
     }
@@ -314,25 +216,20 @@ def _merged_moments(a: State, b: State) -> State:
 def _pairs(z: Array) -> State:
     """Of each position with the one to its right and the one below, at each distance."""
     planes = z.swapaxes(0, 1)  # (C, B, h, w)
-    c = len(planes)
     found = [
-        [
-            PairMoments.of(planes[..., :-d].reshape(c, -1), planes[..., d:].reshape(c, -1)),
-            PairMoments.of(planes[..., :-d, :].reshape(c, -1), planes[..., d:, :].reshape(c, -1)),
-        ]
+        Moments.of(np.stack([each.reshape(len(planes), -1) for each in pair], axis=1))  # (C, 2, B * h * w)
         for d in DISTANCES
+        for pair in ((planes[..., :-d], planes[..., d:]), (planes[..., :-d, :], planes[..., d:, :]))
     ]
     return {
-        "pairs_count": np.stack([np.stack([each.count for each in both]) for both in found]),
-        "pairs_mean": np.stack([np.stack([each.mean for each in both]) for both in found]),
-        "pairs_products": np.stack([np.stack([each.products for each in both]) for both in found]),
+        name: np.stack(parts).reshape(len(DISTANCES), 2, *parts[0].shape)
+        for name in found[0].state("pairs_")
+        for parts in [[each.state("pairs_")[name] for each in found]]
     }
 
 
-def _merged_pairs(a: State, b: State) -> State:
-    names = ("pairs_count", "pairs_mean", "pairs_products")
-    total = PairMoments(*(a[name] for name in names)) + PairMoments(*(b[name] for name in names))
-    return {"pairs_count": total.count, "pairs_mean": total.mean, "pairs_products": total.products}
+def _merged_pairs(a: State, b: Mapping[str, NDArray[Any]]) -> State:
+    return (Moments.from_state(a, "pairs_") + Moments.from_state(b, "pairs_")).state("pairs_")
 
 
 def _spectrum(z: Array) -> State:
@@ -366,19 +263,6 @@ def _posterior(mean: Array, logvar: Array, num_px: int) -> State:
         "kl": kl.sum(axis=(0, 2, 3)),
         "bits_per_pixel": kl.sum() / math.log(2.0) / num_px,
     }
-
-
-def _ratio(numerator: Any, denominator: Any) -> Array:
-    """NaN where the denominator is zero."""
-    numerator, denominator = np.broadcast_arrays(numerator, denominator)
-    out: Array = np.full(numerator.shape, math.nan)
-    np.divide(numerator, denominator, out=out, where=denominator != 0)
-    return out
-
-
-def _resolved(variance: Array, mean: Array) -> Array:
-    """0 for a variance that rounding alone gives a constant: z has the resolution of float32."""
-    return np.where(variance <= (np.finfo(np.float32).eps * mean) ** 2, 0.0, variance)
 
 
 def _number(value: Any) -> float | None:

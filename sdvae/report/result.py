@@ -39,24 +39,25 @@ class EvaluationResult:
     per_image: dict[str, Any] = field(default_factory=dict)
     gallery: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def failed_gates(self) -> list[dict[str, Any]]:
-        return [gate for gate in self.gates if not gate["passed"]]
+    def __post_init__(self) -> None:
+        """Numbers that JSON lacks (not finite ones) become None, so an object is what its file says."""
+        for each in fields(self):
+            setattr(self, each.name, _plain(getattr(self, each.name)))
 
     @property
     def exit_code(self) -> int:
         """1 where a gate failed, else 3 where images could not be read, else 0."""
-        if self.failed_gates:
+        if any(not gate["passed"] for gate in self.gates):
             return 1
         return 3 if self.dataset["unreadable"] else 0
 
     def to_json(self, *, large: bool = True) -> dict[str, Any]:
-        """Plain values only; numbers that JSON lacks (not finite ones) become null.
+        """Plain values only.
 
         large: with the values of each image and the pictures of the gallery.
         """
         names = [each.name for each in fields(self) if large or each.name not in _LARGE]
-        return {"schema": SCHEMA} | {name: _finite(getattr(self, name)) for name in names}
+        return {"schema": SCHEMA} | {name: getattr(self, name) for name in names}
 
 
 def load_result(path: str | Path) -> EvaluationResult:
@@ -77,11 +78,11 @@ def load_result(path: str | Path) -> EvaluationResult:
     return EvaluationResult(**{name: value for name, value in data.items() if name in known})
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return value

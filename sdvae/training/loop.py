@@ -38,7 +38,7 @@ from sdvae.data.loader import Batch
 from sdvae.errors import ConfigError, OutputExistsError, TrainingError, TrainingInterrupted
 from sdvae.features.lpips import LPIPS
 from sdvae.files import write_atomic
-from sdvae.metrics.latent_health import LatentStatistics
+from sdvae.metrics.moments import LatentMoments
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.training.build import (
     autoencoder_of_checkpoint,
@@ -435,11 +435,12 @@ class _Run:
         """
         if not self.config.training.num_calibration_images:
             return
-        statistics = LatentStatistics(vae.config.latent_channels)
+        moments = LatentMoments(vae.config.latent_channels)
         generator = torch.Generator().manual_seed(self.config.training.seed)
         for crop in self.data.first_crops(self.config.training.num_calibration_images):
-            statistics.update(vae.encode(crop[None].to(vae.device)).latent_dist.sample(generator))
-        vae.register_to_config(scaling_factor=round(statistics.scaling_factor, 6))
+            z = vae.encode(crop[None].to(vae.device)).latent_dist.sample(generator)
+            moments.update(z.cpu().double().numpy(), None)
+        vae.register_to_config(scaling_factor=round(moments.scaling_factor().value, 6))
 
     def _log_training(self, averages: dict[str, float]) -> None:
         """Log the averages over the last steps and all devices, and what is wrong with them in words."""

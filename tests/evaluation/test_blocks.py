@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from sdvae.errors import ConfigError
-from sdvae.evaluation.blocks import Block, BlockStore
+from sdvae.evaluation.blocks import Block, BlockStore, Measured
+from sdvae.evaluation.set_metrics import SetFeatures
+from sdvae.metrics.latent_health import LatentHealth
 
 RUN = {"protocol": "sha256:1", "images": "sha256:2"}
 
@@ -46,7 +48,7 @@ def test_the_same_run_finds_its_blocks_again(tmp_path: Path) -> None:
     BlockStore(tmp_path).save(0, block())
     again = BlockStore(tmp_path)
     again.open(RUN, overwrite=False)
-    assert again.has(0) and not again.has(1)
+    assert again.missing(range(2)) == [1]
 
 
 def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
@@ -55,9 +57,9 @@ def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
     store.save(0, block())
     with pytest.raises(ConfigError, match=r"differs in protocol: .*--overwrite"):
         BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=False)
-    assert store.has(0), "a refusal throws nothing away"
+    assert not store.missing([0]), "a refusal throws nothing away"
     BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=True)
-    assert not store.has(0)
+    assert store.missing([0])
 
 
 def test_a_finished_run_removes_its_own_folder_and_no_other(tmp_path: Path) -> None:
@@ -66,6 +68,31 @@ def test_a_finished_run_removes_its_own_folder_and_no_other(tmp_path: Path) -> N
     store.open(RUN, overwrite=False)
     store.save(0, block())
     store.close(RUN | {"images": "sha256:9"})
-    assert store.has(0)
+    assert not store.missing([0])
     store.close(RUN)
     assert not store.folder.exists()
+
+
+def test_all_blocks_become_one_in_their_order(tmp_path: Path) -> None:
+    store = BlockStore(tmp_path)
+    store.open(RUN, overwrite=False)
+    empty = {"mine": LatentHealth(2).state()}
+    for number, value in ((1, 2.0), (0, 1.0)):
+        values: dict[str, dict[str, list[float | None]]] = {"mine": {"psnr": [value, None]}}
+        rows = np.full((2, 3), value, np.float32)
+        part = block()
+        part.images, part.values, part.latents, part.swaps = part.images * 2, values, empty, {}
+        part.features = {"originals": {"rows": rows}}
+        store.save(number, part)
+    measured = Measured(
+        values={"mine": {"psnr": []}},
+        latents={"mine": LatentHealth(2)},
+        swaps={},
+        features={"originals": SetFeatures(3, 9, tmp_path / "rows.npy")},
+    )
+    for number in range(2):
+        measured.add(store.load(number))
+    assert measured.values == {"mine": {"psnr": [1.0, None, 2.0, None]}}
+    assert (len(measured.images), len(measured.unreadable), measured.pixels) == (4, 2, 70)
+    assert measured.seconds == {"mine": {"encode": 1.0, "decode": 0.5}} and measured.nonfinite == {"mine": 0}
+    assert measured.features["originals"].rows[:, 0].tolist() == [1, 1, 2, 2]

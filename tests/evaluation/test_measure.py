@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import round_to_8_bits
-from sdvae.evaluation.blocks import ORIGINALS, Block
+from sdvae.evaluation.blocks import Block
 from sdvae.evaluation.images import Prepared
 from sdvae.evaluation.measure import Measurement
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import PRESETS
-from sdvae.evaluation.swap import SwapTest
 from sdvae.features.lpips import LPIPS
 from sdvae.metrics.table import build_metric
 
@@ -143,7 +143,7 @@ def test_only_the_chosen_images_take_the_swap_test(
             subject,
             other,
             reference="vae1",
-            swap_tests=lambda: {"vae0": SwapTest(subject, other)},
+            swap_pairs={"vae0": (subject, other)},
             swap_images=frozenset(each.index for each in chosen),
             batch_size=3,
         )

@@ -27,14 +27,16 @@ from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
 from sdvae.data.sources.files import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
-from sdvae.evaluation import blocks, compare, conclude, images, runner
+from sdvae.evaluation import blocks, compare, conclude, images, measure, runner
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
+from sdvae.evaluation.stress import seams
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
 from sdvae.processes import Processes
+from sdvae.report import write
 from sdvae.report.result import EvaluationResult, load_result
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -156,8 +158,7 @@ def test_batches_and_threads_change_nothing_beyond_rounding(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two images, so that five make three of them."""
-    for module in (images, runner):
-        monkeypatch.setattr(module, "BLOCK_IMAGES", 2)
+    monkeypatch.setattr(images, "BLOCK_IMAGES", 2)
 
 
 def interrupt_after(num_blocks: int, monkeypatch: pytest.MonkeyPatch, start: Callable[[], Any]) -> list[int]:
@@ -186,8 +187,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
     assert saved == [0, 1] and not (out / "result.json").exists()
 
     told: list[tuple[int, int]] = []
-    plan = runner.plan_evaluation(photos, [mine], mine, out, PLAIN, EvaluateOptions(gallery_images=2))
-    result = runner.run_evaluation(plan, lambda done, total: told.append((done, total)))
+    options, listen = EvaluateOptions(gallery_images=2), lambda done, total: told.append((done, total))
+    result = evaluate(photos, out, [mine], options, reference=mine, protocol=PLAIN, on_progress=listen)
     assert result is not None
     assert told[0] == (4, 5), "the four images of two blocks are not measured again"
     assert numbers(result) == numbers(whole)
@@ -207,10 +208,10 @@ def test_run_again_nothing_is_measured_but_gates_are_checked(
     photos: Path, tmp_path: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(photos, tmp_path / "out", mine)
-    monkeypatch.setattr(runner, "_measure", None)  # calling it would fail
+    monkeypatch.setattr(runner, "measure_blocks", None)  # calling it would fail
     again = run(photos, tmp_path / "out", mine, gates=("psnr<99",))
     assert again.created == first.created
-    assert again.exit_code == 1 and "below 99" in again.failed_gates[0]["reason"]
+    assert again.exit_code == 1 and "below 99" in again.gates[0]["reason"]
     assert load_result(tmp_path / "out" / "result.json").gates == again.gates
 
 
@@ -313,7 +314,7 @@ def test_reconstructions_that_are_not_finite_are_counted(
 def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     tmp_path: Path, mine: Path, make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conclude, "_MAX_SEAM_PX", 96)
+    monkeypatch.setattr(seams, "_MAX_PX", 96)
     sizes = {"a.png": (140, 132), "b.png": (60, 50), "c.png": (150, 200), "d.png": (80, 80)}
     folder = make_images(tmp_path / "photos", sizes)
     protocol = replace(PLAIN, size_px=32, crop="center", seed=5)
@@ -329,7 +330,7 @@ def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     metrics: Any = {name: IMAGE_METRICS[name].compute for name in ("psnr", "ssim")}
     inputs: dict[str, Any] = {"cycles": small, "resolution": whole, "seams": centres, "sampling": small}
     for name, expected in inputs.items():
-        assert found[name] == run_stress([name], subject, expected, metrics, 5)[name], name
+        assert found[name] == run_stress([name], subject, expected, expected, metrics, 5)[name], name
     assert [row["num_images"] for row in found["resolution"]] == [2, 0, 0, 0, 0], "128 px fit the whole images alone"
     assert found["cycles"]["cycles"] == [1, 2, 5, 10] and len(found["cycles"]["metrics"]["psnr"]) == 4
     assert any("Seams" in note for note in found["notes"]) and any("Resolution" in note for note in found["notes"])
@@ -418,7 +419,7 @@ def test_the_swap_test_uses_as_many_images_as_asked_for(photos: Path, tmp_path: 
     assert result.comparisons[0]["swap"]["num_images"] == 2
     options = EvaluateOptions(swap_images=2)
     plan = runner.plan_evaluation(photos, [mine], other, tmp_path / "out", PLAIN, options)
-    assert runner.set_up(plan).swap_images == {0, 2}, "evenly spaced"
+    assert runner.set_up(plan, Processes()).swap_images == {0, 2}, "evenly spaced"
 
 
 @pytest.mark.slow
@@ -589,8 +590,7 @@ def test_the_size_of_blocks_changes_nothing_beyond_rounding(
     photos: Path, tmp_path: Path, mine: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(photos, tmp_path / "whole", mine, reference=other)
-    for module in (images, runner):
-        monkeypatch.setattr(module, "BLOCK_IMAGES", 2)
+    monkeypatch.setattr(images, "BLOCK_IMAGES", 2)
     parts = run(photos, tmp_path / "parts", mine, reference=other)
     for one, two in zip(whole.vaes, parts.vaes, strict=True):
         assert two["latents"]["num_images"] == one["latents"]["num_images"] == 5
@@ -616,12 +616,12 @@ def test_the_cross_decode_matrix_names_encoders_and_decoders(
 
 def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: Path, mine: Path) -> None:
     plan = runner.plan_evaluation(photos, [mine], None, tmp_path / "out", PLAIN, EvaluateOptions(device="cpu"))
-    setup = runner.set_up(plan)
+    setup = runner.set_up(plan, Processes())
     for rank, expected in ((0, {0, 2}), (1, {1})):
         store = blocks.BlockStore(tmp_path / f"rank{rank}")
         store.open({}, overwrite=False)
-        runner._measure(replace(setup, processes=Processes(rank, 2)), store, None)
-        assert {number for number in range(3) if store.has(number)} == expected
+        measure.measure_blocks(replace(setup, processes=Processes(rank, 2)), store)
+        assert {*range(3)} - {*store.missing(range(3))} == expected
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -656,12 +656,12 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
         raise OSError("disk full")
 
     with monkeypatch.context() as context:
-        context.setattr(runner, "render_report", fail)
+        context.setattr(write, "render_report", fail)
         with pytest.raises(OSError, match="disk full"):
             run(photos, tmp_path / "out", mine)
     first = load_result(tmp_path / "out" / "result.json")
     assert not (tmp_path / "out" / "report.html").exists()
-    monkeypatch.setattr(runner, "_measure", None)  # calling it would fail
+    monkeypatch.setattr(runner, "measure_blocks", None)  # calling it would fail
     assert run(photos, tmp_path / "out", mine).created == first.created
     assert (tmp_path / "out" / "report.html").exists(), "a finished evaluation writes its report again"
     assert not (tmp_path / "out" / ".evaluation").exists()
@@ -670,7 +670,7 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
 def test_what_a_killed_run_left_half_written_goes(photos: Path, tmp_path: Path, mine: Path) -> None:
     out = tmp_path / "out"
     plan = runner.plan_evaluation(photos, [mine], None, out, PLAIN, EvaluateOptions(gallery_images=2))
-    blocks.BlockStore(out / ".evaluation").open(runner.set_up(plan).inputs, overwrite=False)
+    blocks.BlockStore(out / ".evaluation").open(runner.set_up(plan, Processes()).inputs, overwrite=False)
     left = [out / f".{'0' * 16}-{files._host()}-{os.getpid()}-{'0' * 8}.sdvae-tmp"]  # this number, an earlier start
     left.append(out / ".evaluation" / left[0].name)
     for path in left:
@@ -686,7 +686,7 @@ def test_an_error_that_is_no_damaged_image_ends_the_run(
     def fail(*arguments: Any) -> images.Prepared:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(runner, "prepare", fail)
+    monkeypatch.setattr(measure, "prepare", fail)
     with pytest.raises(ZeroDivisionError):
         run(photos, tmp_path / "out", mine)
     assert not (tmp_path / "out" / "result.json").exists()

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from sdvae.evaluation import set_metrics
-from sdvae.evaluation.blocks import ORIGINALS, Block, BlockStore
+from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import PRESETS
-from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, measure_sets, moments_of, write_statistics
-from sdvae.metrics.fid import FeatureMoments, frechet_distance, kernel_distance, load_statistics
+from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, SetFeatures, measure_sets, write_statistics
+from sdvae.metrics.fid import frechet_distance, kernel_distance, load_statistics
+from sdvae.metrics.moments import Moments
 
 WIDTH = 6
 PROTOCOL = replace(PRESETS["native"], metrics=("psnr", "rfid", "kid"), seed=3)
@@ -30,20 +31,17 @@ def features(count: int) -> Features:
     return {ORIGINALS: originals, "mine": originals + 0.1 * noise[0], "theirs": originals * 1.2 + 0.5 * noise[1]}
 
 
-def fill(folder: Path, all_features: Features, *ends: int) -> tuple[BlockStore, int]:
-    """A store of blocks that end before these images; an empty block has no features."""
-    store, start = BlockStore(folder), 0
-    store.open({}, overwrite=False)
-    for number, end in enumerate(ends):
-        rows = {owner: {"rows": each[start:end]} for owner, each in all_features.items()} if end > start else {}
-        store.save(number, Block(features=rows))
-        start = end
-    return store, len(ends)
-
-
-def measured(store: BlockStore, num_blocks: int, **options: Any) -> dict[str, dict[str, dict[str, Any]]]:
-    originals = options.get("originals") or moments_of(store, num_blocks, ORIGINALS)
-    return measure_sets(store, num_blocks, ["mine", "theirs"], options.get("protocol", PROTOCOL), originals)
+def fill(folder: Path | None, all_features: Features, *ends: int) -> dict[str, SetFeatures]:
+    """The features in batches that end before these images. folder: for files of all of them; None: without."""
+    most, found = max(ends) + 3, {}
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+    for owner, rows in all_features.items():
+        found[owner] = SetFeatures(WIDTH, most, folder and folder / f"features-{owner}.npy")
+        for start, end in zip((0, *ends), ends, strict=False):
+            if end > start:
+                found[owner].add(rows[start:end])
+    return found
 
 
 def frechet(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -67,7 +65,7 @@ def squared_mmd(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def test_both_are_those_of_the_joined_features(tmp_path: Path) -> None:
     all_features = features(60)
-    found = measured(*fill(tmp_path, all_features, 32, 60))
+    found = measure_sets(fill(tmp_path, all_features, 32, 60), PROTOCOL)
     for id_ in ("mine", "theirs"):
         rows, originals = all_features[id_], all_features[ORIGINALS]
         assert found[id_]["rfid"]["value"] == pytest.approx(frechet(rows, originals), rel=1e-9)
@@ -80,8 +78,8 @@ def test_both_are_those_of_the_joined_features(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ends", [(60,), (1, 60), (10, 20, 59, 60), (0, 30, 30, 60)], ids=str)
 def test_where_blocks_end_does_not_matter(ends: tuple[int, ...], tmp_path: Path) -> None:
     all_features = features(60)
-    expected = measured(*fill(tmp_path / "plain", all_features, 32, 60))
-    found = measured(*fill(tmp_path / "other", all_features, *ends))
+    expected = measure_sets(fill(tmp_path / "plain", all_features, 32, 60), PROTOCOL)
+    found = measure_sets(fill(tmp_path / "other", all_features, *ends), PROTOCOL)
     for id_, metrics in expected.items():
         for name, entry in metrics.items():
             assert found[id_][name]["value"] == pytest.approx(entry["value"], rel=1e-9, abs=1e-12)
@@ -90,7 +88,7 @@ def test_where_blocks_end_does_not_matter(ends: tuple[int, ...], tmp_path: Path)
 
 def test_a_reconstruction_that_is_the_original_has_distance_0(tmp_path: Path) -> None:
     originals = features(40)[ORIGINALS]
-    found = measured(*fill(tmp_path, {ORIGINALS: originals, "mine": originals, "theirs": originals}, 40))
+    found = measure_sets(fill(tmp_path, {ORIGINALS: originals, "mine": originals, "theirs": originals}, 40), PROTOCOL)
     assert found["mine"]["rfid"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["mine"]["kid"]["value"] < 0  # unbiased: below 0 for equal sets
 
@@ -101,55 +99,61 @@ def test_kid_of_many_images_is_a_mean_over_subsets_drawn_by_the_seed(
 ) -> None:
     monkeypatch.setattr(set_metrics, "_KID_SUBSETS", 3)
     all_features = features(count)
-    store, num_blocks = fill(tmp_path, all_features, 300, 900, count)
-    found = measured(store, num_blocks)["mine"]["kid"]
+    filled = fill(tmp_path, all_features, 300, 900, count)
+    found = measure_sets(filled, PROTOCOL)["mine"]["kid"]
     subsets = 3 if count > KID_SUBSET else 1
     expected = kernel_distance(
         all_features["mine"], all_features[ORIGINALS], subsets=subsets, subset_size=KID_SUBSET, seed=3
     )
     assert found == {"value": expected[0], "std": expected[1] if subsets > 1 else None, "count": count}
-    other = measured(store, num_blocks, protocol=replace(PROTOCOL, seed=4))["mine"]["kid"]
+    other = measure_sets(filled, replace(PROTOCOL, seed=4))["mine"]["kid"]
     assert (other["value"] != found["value"]) == (subsets > 1)
 
 
 def test_features_for_kid_lie_in_files_in_the_order_of_the_images(tmp_path: Path) -> None:
     all_features = features(50)
-    measured(*fill(tmp_path, all_features, 20, 50))
+    found = fill(tmp_path, all_features, 20, 50)
     for owner, rows in all_features.items():
-        assert np.array_equal(np.load(tmp_path / f"features-{owner}.npy"), rows)
+        assert np.array_equal(found[owner].rows, rows)
+        assert np.array_equal(np.load(tmp_path / f"features-{owner}.npy")[:50], rows)
 
 
 def test_only_what_the_protocol_names_is_measured(tmp_path: Path) -> None:
-    store, num_blocks = fill(tmp_path, features(20), 20)
-    found = measured(store, num_blocks, protocol=replace(PROTOCOL, metrics=("psnr", "rfid")))
-    assert {name for metrics in found.values() for name in metrics} == {"rfid"}
-    assert not [*tmp_path.glob("features-*")], "only KID needs all features at once"
-    found = measured(store, num_blocks, protocol=replace(PROTOCOL, metrics=("kid",)))
+    found = measure_sets(fill(None, features(20), 20), replace(PROTOCOL, metrics=("psnr", "rfid")))
+    assert {name for metrics in found.values() for name in metrics} == {"rfid"}, "only KID needs all features at once"
+    found = measure_sets(fill(tmp_path, features(20), 20), replace(PROTOCOL, metrics=("kid",)))
     assert {name for metrics in found.values() for name in metrics} == {"kid"}
 
 
 def test_statistics_that_were_written_stand_for_the_originals(tmp_path: Path) -> None:
-    store, num_blocks = fill(tmp_path / "blocks", features(30), 16, 30)
+    filled = fill(None, features(30), 16, 30)
     path, identity = tmp_path / "new folder" / "stats.npz", {"images": "sha256:1"}
-    write_statistics(path, moments_of(store, num_blocks, ORIGINALS), identity)
+    write_statistics(path, filled[ORIGINALS].moments, identity)
     statistics = load_statistics(path)
     assert (statistics.count, statistics.identity) == (30, identity)
     protocol = replace(PROTOCOL, metrics=("rfid",))
-    found = measured(store, num_blocks, protocol=protocol, originals=statistics)
-    assert found == measured(store, num_blocks, protocol=protocol)
-    without = {owner: rows for owner, rows in features(30).items() if owner != ORIGINALS}
-    assert measured(*fill(tmp_path / "less", without, 16, 30), protocol=protocol, originals=statistics) == found
+    found = measure_sets(filled, protocol, statistics)
+    assert found == measure_sets(filled, protocol)
+    assert measure_sets(filled | {ORIGINALS: SetFeatures(WIDTH, 30)}, protocol, statistics) == found
 
 
-def test_moments_are_those_of_one_owner(tmp_path: Path) -> None:
+def test_moments_are_those_of_one_owner() -> None:
     all_features = features(25)
-    store, num_blocks = fill(tmp_path, all_features, 12, 25)
-    whole = FeatureMoments()
-    whole.update(all_features["theirs"])
-    found = moments_of(store, num_blocks, "theirs")
+    filled = fill(None, all_features, 12, 25)
+    whole = Moments.of(all_features["theirs"].T.astype(np.float64))
+    found = filled["theirs"].moments
     assert found.count == 25
     assert np.allclose(found.mean, whole.mean, rtol=1e-12) and np.allclose(found.covariance, whole.covariance)
-    assert frechet_distance(found, moments_of(store, num_blocks, "mine")) > 0.1
+    assert frechet_distance(found, filled["mine"].moments) > 0.1
+
+
+def test_features_that_are_not_finite_are_an_error_and_change_nothing(tmp_path: Path) -> None:
+    filled = fill(tmp_path, features(20), 20)["mine"]
+    before = filled.rows.copy()
+    broken = np.full((1, WIDTH), np.nan, np.float32)
+    with pytest.raises(ValueError, match="not finite"):
+        filled.add(broken)
+    assert filled.count == 20 and np.array_equal(filled.rows, before)
 
 
 def test_every_set_metric_of_a_protocol_has_a_row() -> None:

@@ -12,7 +12,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from sdvae.metrics.latent_health import LatentHealth, LatentStatistics, PairMoments
+from sdvae.metrics.latent_health import LatentHealth
+from sdvae.metrics.moments import LatentMoments
 from sdvae.model.posterior import DiagonalGaussian, Encoding
 
 
@@ -54,19 +55,6 @@ def flat(value: object) -> list[float]:
     if isinstance(value, (list, tuple)):
         return [number for item in value for number in flat(item)]
     return [float("nan") if value is None else float(value)] if isinstance(value, (int, float, type(None))) else []
-
-
-def test_streaming_equals_all_at_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    scale, shift = torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1, 1), torch.tensor([0.0, 30.0, -2.0]).view(1, 3, 1, 1)
-    parts = [torch.randn(n, 3, 4, 6, generator=generator) * scale + shift for n in (1, 5, 2)]
-    statistics = LatentStatistics(3)
-    for part in parts:
-        statistics.update(part)
-    z = torch.cat(parts).double()
-    assert statistics.mean.tolist() == pytest.approx(z.mean(dim=(0, 2, 3)).tolist())
-    assert statistics.std.tolist() == pytest.approx(z.var(dim=(0, 2, 3), correction=0).sqrt().tolist())
-    assert statistics.scaling_factor == pytest.approx(1 / float(z.std(correction=0)))
 
 
 def test_moments_of_channels_equal_scipy_over_all_positions() -> None:
@@ -116,7 +104,7 @@ def test_neither_batches_nor_the_order_of_merging_matter(order: tuple[int, ...])
     parts = split([with_posterior(each) for each in z], (1, 3, 2))
     merged = LatentHealth(3)
     for index in order:  # an empty one is merged too
-        merged.merge(LatentHealth.from_state({name: np.array(a) for name, a in parts[index].state().items()}))
+        merged.merge({name: np.array(a) for name, a in parts[index].state().items()})
     assert flat(merged.health(0.5, 1.0)) == pytest.approx(flat(at_once), rel=1e-8, abs=1e-9, nan_ok=True)
     assert merged.health(0.5, 1.0)["notes"] == at_once["notes"] != []
 
@@ -211,9 +199,10 @@ def test_suggested_scale_and_shift_make_draws_of_mean_0_and_variance_1() -> None
     latents = (draws - suggested["shift_factor"]) * suggested["scaling_factor"]
     assert float(latents.std()) == pytest.approx(1.0, abs=0.01)
     assert float(latents.mean()) == pytest.approx(0.0, abs=0.01)
-    statistics = LatentStatistics(2)
-    statistics.update(mean)
-    assert measured(plain(mean)).health()["suggested"]["scaling_factor"] == pytest.approx(statistics.scaling_factor)
+    moments = LatentMoments(2)
+    moments.update(mean.double().numpy(), None)
+    found = measured(plain(mean)).health()["suggested"]["scaling_factor"]
+    assert found == pytest.approx(moments.scaling_factor().value)
 
 
 @pytest.mark.parametrize(
@@ -252,10 +241,3 @@ def test_nothing_measured_gives_no_numbers_and_says_so() -> None:
     health = measured(plain(torch.full((2, 2, 4, 4), math.nan))).health(1.0)
     assert health["notes"] == ["none of 2 images gave finite latents"]
     assert column(health, "std") == [None, None] and health["suggested"]["scaling_factor"] is None
-
-
-def test_pairs_that_are_merged_equal_pairs_at_once() -> None:
-    a, b = (noise(2, 50, seed=seed).double().numpy() + 1000 for seed in (0, 1))
-    b = b + 0.5 * a
-    merged = PairMoments.of(a[:, :7], b[:, :7]) + PairMoments.zeros(2) + PairMoments.of(a[:, 7:], b[:, 7:])
-    assert merged.correlation == pytest.approx([np.corrcoef(a[c], b[c])[0, 1] for c in range(2)])

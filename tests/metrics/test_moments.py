@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sdvae.metrics.moments import Estimate, LatentMoments
+from sdvae.metrics.moments import Estimate, LatentMoments, Moments
 
 Array = NDArray[np.float64]
 
@@ -30,6 +30,78 @@ def moments_of(images: list[tuple[Array, Array]]) -> LatentMoments:
     for mean, var in images:
         moments.update(mean, var)
     return moments
+
+
+@pytest.mark.parametrize("ends", [(), (1,), (1, 2, 3), (13, 14, 99), tuple(range(1, 100))])
+def test_moments_are_those_of_numpy_in_any_parts_and_any_order_of_adding(ends: tuple[int, ...]) -> None:
+    mixing = np.random.default_rng(1).normal(size=(8, 8)) * np.logspace(0, -2, 8)
+    # a mean far from zero costs a sum of squares 6 digits
+    vectors = mixing.T @ np.random.default_rng(0).normal(size=(8, 100)) + 1000
+    expected = vectors.mean(axis=1), np.cov(vectors)
+    streamed, parts = Moments.zeros(8), np.split(vectors, ends, axis=1)
+    for part in parts:
+        streamed.update(part)
+    added = sum(map(Moments.of, parts), Moments.zeros(8)) + Moments.zeros(8)
+    backwards = sum(map(Moments.of, parts[::-1]), Moments.of(vectors[:, :0]))
+    for moments in (streamed, added, backwards, Moments.from_state(added.state("some_"), "some_")):
+        assert moments.count == 100
+        np.testing.assert_allclose(moments.mean, expected[0], rtol=1e-13)
+        np.testing.assert_allclose(moments.covariance, expected[1], rtol=0, atol=1e-12 * np.abs(expected[1]).max())
+        np.testing.assert_allclose(moments.correlation, np.corrcoef(vectors), rtol=0, atol=1e-11)
+
+
+def test_moments_of_many_kinds_are_those_of_each() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 4, 2, 50)) + 1000
+    found = Moments.of(vectors[..., :7]) + Moments.zeros(2, 3, 4) + Moments.of(vectors[..., 7:])
+    assert found.count.shape == (3, 4) and (found.count == 50).all()
+    for kind in np.ndindex(3, 4):
+        np.testing.assert_allclose(found.covariance[kind], np.cov(vectors[kind]), rtol=1e-9)
+        np.testing.assert_allclose(found.variance[kind], vectors[kind].var(axis=1), rtol=1e-9)
+
+
+def test_adding_and_reading_leave_the_parts_as_they_are() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 20))
+    first, second = Moments.of(vectors[:, :8]), Moments.of(vectors[:, 8:])
+    before = [array.copy() for part in (first, second) for array in part.state().values()]
+    total = Moments.zeros(3) + second + first
+    mean, covariance = total.mean, total.covariance
+    kept = mean.copy(), covariance.copy()
+    total.update(vectors)
+    assert all(np.array_equal(*pair) for pair in zip((mean, covariance), kept, strict=True))
+    after = [array for part in (first, second) for array in part.state().values()]
+    assert all(np.array_equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_vectors_of_another_shape_are_an_error_and_change_nothing() -> None:
+    moments = Moments.of(np.ones((3, 2)))
+    for shape in ((4, 2), (3,), (3, 0), (1, 3, 2)):
+        with pytest.raises(ValueError, match=r"expected vectors \(3, N\), got \("):
+            moments.update(np.zeros(shape))
+    assert moments.count == 2 and (moments.mean == 1).all() and not moments.products.any()
+    with pytest.raises(ValueError, match="at least 2 vectors; got 1"):
+        _ = Moments.of(np.ones((3, 1))).covariance
+
+
+def test_what_varies_by_rounding_alone_has_no_variance_and_no_correlation() -> None:
+    steady = np.float32(1000) + np.float32(1e-5) * np.arange(6, dtype=np.float64)
+    moments = Moments.of(np.stack([steady, np.arange(6.0)]))
+    assert moments.variance[0] == 0 and moments.variance[1] > 0
+    assert np.isnan(moments.correlation[0]).all() and moments.correlation[1, 1] == pytest.approx(1)
+    assert np.isnan(Moments.zeros(2).variance).all()
+
+
+def test_the_scale_of_parts_is_that_of_all_at_once() -> None:
+    rng = np.random.default_rng(0)
+    scale, shift = np.array([[1.0, 5.0, 0.1], [0.0, 30.0, -2.0]]).reshape(2, 1, 3, 1, 1)
+    parts = [rng.normal(size=(n, 3, 4, 6)) * scale + shift for n in (1, 5, 2)]
+    moments = LatentMoments(3)
+    for part in parts:
+        moments.update(part, None)
+    z = np.concatenate(parts)
+    assert moments.num_positions == 8 * 24 and moments.num_images == 8
+    assert moments.mean == pytest.approx(z.mean(axis=(0, 2, 3)))
+    assert np.sqrt(moments.variance) == pytest.approx(z.std(axis=(0, 2, 3)))
+    assert moments.scaling_factor().value == pytest.approx(1 / z.std())
 
 
 # name -> what is estimated, from moments
@@ -63,7 +135,8 @@ def test_standard_errors_agree_with_a_bootstrap_over_images() -> None:
     for _ in range(4000):
         sums = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows))) @ rows
         each = LatentMoments(3)
-        each._origin, each._sums, each.num_images = np.zeros(3), sums, 0  # 0: no standard errors are asked for
+        each._origin = np.zeros(3)
+        each._images = Moments(np.asarray(1.0), sums, np.zeros((10, 10)))  # of one image: no standard errors
         for name, estimate in ESTIMATES.items():
             resampled[name].append(estimate(each).value)
     for name, estimate in ESTIMATES.items():

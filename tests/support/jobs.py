@@ -33,10 +33,10 @@ def meet_twice() -> None:
 
 
 def evaluate_in_small_blocks(photos: Path, out: Path, vae: Path) -> None:
-    images.BLOCK_IMAGES = runner.BLOCK_IMAGES = 2
+    images.BLOCK_IMAGES = 2
     protocol = replace(PRESETS["native"], metrics=("psnr", "ssim"), resamples=199)
     options = EvaluateOptions(gallery_images=2, device="cpu")
-    runner.evaluate(photos, out, [vae], reference=vae, protocol=protocol, options=options)
+    runner.evaluate(photos, out, [vae], options, reference=vae, protocol=protocol)
 
 
 def encode_and_decode(photos: Path, out: Path, decoded: Path, vae: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError
-from sdvae.evaluation.networks import Networks, build_networks
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import METRIC_NAMES, PRESETS
+from sdvae.evaluation.setup import Networks, build_networks
 from sdvae.features import dists
 
 CPU = torch.device("cpu")

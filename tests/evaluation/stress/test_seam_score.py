@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sdvae.errors import ConfigError
-from sdvae.evaluation.stress.seams import SEAM_THRESHOLD, SEARCH_THRESHOLD, colour_step, seam_score
+from sdvae.evaluation.stress.seam_score import SEAM_THRESHOLD, SEARCH_THRESHOLD, colour_step, seam_score
 
 BUNDLED = sorted(Path(str(resources.files("sdvae.assets") / "photos")).glob("*.jpg"))
 
