@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
+from sdvae.model.execution import TILING_MODES, execute
 from sdvae.model.layers import Decoder, Encoder
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.strips.policy import TILING_MODES, execute
 from sdvae.model.tiling import blended_tiles
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "Decoded", "Encoded"]

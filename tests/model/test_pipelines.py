@@ -31,9 +31,9 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdvae.checkpoints.store import to_diffusers
+from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.optimize import optimize
-from sdvae.model.strips import policy as execution
 
 Images = np.ndarray[Any, Any]
 

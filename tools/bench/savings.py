@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from common import CONFIGS, OPERATIONS, build_vae, by_turns, make_input, run_vae, timed, with_range
+from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.strips import maps as rows
 from sdvae.model.strips import passes as streaming
-from sdvae.model.strips import policy as execution
 
 Run = Callable[[Tensor], Tensor]
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
 from sdvae.evaluation.stress.seams import seam_score
+from sdvae.model import execution
 from sdvae.model import network as network_module
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import compile_settings
+from sdvae.model.execution import execute
 from sdvae.model.optimize import optimize
-from sdvae.model.strips import policy as execution
-from sdvae.model.strips.policy import execute
 
 MINI = Path(str(resources.files("sdvae.assets") / "sdvae-mini"))
 PHOTO = Path(str(resources.files("sdvae.assets") / "photos" / "colosseum.jpg"))
