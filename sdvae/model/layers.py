@@ -5,7 +5,8 @@ This is the hot path; what is not here: the posterior, quant convs, configuratio
 
 `in_strips`, beside each `forward`, describes the same computation for a pass in strips of rows, which takes less memory
 and on CPUs less time: `Strips` has its terms. A block without it, or a subclass that changes `forward` alone, makes the
-network run by `forward`. A new kind of block needs nothing outside its class.
+network run by `forward`. `adds_to_stream` and `scales_inside` name the parameters that `checkpoints/rewrite/fp16.py`
+may scale by a power of two. A new kind of block needs nothing outside its class.
 
 Letters of the shape comments: B batch, C channels of the layer, H and W its height and width, N = H * W.
 """
@@ -85,6 +86,9 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 class ResnetBlock2D(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
 
+    adds_to_stream = ("conv2.weight", "conv2.bias", "conv_shortcut.bias")
+    scales_inside = {"": {"conv1.weight": 1, "conv1.bias": 1}}  # norm2 cancels it
+
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
@@ -112,6 +116,12 @@ class Attention(nn.Module):
 
     # diffusers then also loads the older names (query, key, value, proj_attn) into this module
     _from_deprecated_attn_block = True
+
+    adds_to_stream = ("to_out.0.weight", "to_out.0.bias")
+    scales_inside = {
+        "": {"to_v.weight": 1, "to_v.bias": 1, "to_out.0.weight": -1},
+        ".to_q": {"to_q.weight": 1, "to_q.bias": 1, "to_k.weight": -1, "to_k.bias": -1},
+    }
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -143,6 +153,8 @@ class Downsample2D(nn.Module):
     The asymmetric padding comes from latent-diffusion; weights trained with it are wrong under any other.
     """
 
+    adds_to_stream = ("conv.bias",)
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -156,6 +168,8 @@ class Downsample2D(nn.Module):
 
 class Upsample2D(nn.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    adds_to_stream = ("conv.bias",)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -258,6 +272,8 @@ class Encoder(nn.Module):
     h = H / 2 ** (levels - 1), rounded down at every level.
     """
 
+    adds_to_stream = ("conv_in.weight", "conv_in.bias")
+
     def __init__(
         self,
         in_channels: int,
@@ -302,6 +318,8 @@ class Decoder(nn.Module):
 
     H = h * 2 ** (levels - 1).
     """
+
+    adds_to_stream = ("conv_in.weight", "conv_in.bias")
 
     def __init__(
         self,
