@@ -484,7 +484,7 @@ vae = AutoencoderKL(
     mid_block_add_attention=False,
     norm_num_groups=8,
 ).eval().requires_grad_(False)
-z = torch.randn(1, 4, 320, 384)
+z = torch.randn(1, 4, 240, 256)
 vae.execution = replace(vae.execution, fast=True)
 vae.decode(z[..., :64])  # what starts with the first pass: threads, libraries
 _return_freed_memory()
@@ -505,7 +505,8 @@ def test_a_process_keeps_to_its_limit() -> None:
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, limit, limited, unlimited = map(int, done.stdout.split())
-    assert before + 4 * 64 * 1280 * 1536 < limited <= limit < unlimited  # the largest map is in it
+    half_map = 2 * 64 * 960 * 1024  # of the largest map, whose other half may lie in memory that was in use before
+    assert before + half_map < limited <= limit < unlimited
 
 
 def test_only_on_a_cpu_do_the_bounds_count_a_strip_for_each_thread(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
