@@ -197,8 +197,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
 def test_an_interrupted_run_of_other_settings_is_not_mixed_in(
     small_blocks: None, photos: Path, tmp_path: Path, mine: Path
 ) -> None:
-    store = blocks.BlockStore(tmp_path / "out" / ".evaluation")
-    store.open({"protocol": "another"}, overwrite=False)
+    blocks.BlockStore(tmp_path / "out" / ".evaluation", {"protocol": "another"}).open(overwrite=False)
     with pytest.raises(ConfigError, match="interrupted evaluation that differs in"):
         run(photos, tmp_path / "out", mine)
     run(photos, tmp_path / "out", mine, overwrite=True)
@@ -618,8 +617,8 @@ def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: 
     plan = runner.plan_evaluation(photos, [mine], None, tmp_path / "out", PLAIN, EvaluateOptions(device="cpu"))
     setup = runner.set_up(plan, Processes())
     for rank, expected in ((0, {0, 2}), (1, {1})):
-        store = blocks.BlockStore(tmp_path / f"rank{rank}")
-        store.open({}, overwrite=False)
+        store = blocks.BlockStore(tmp_path / f"rank{rank}", setup.inputs)
+        store.open(overwrite=False)
         measure.measure_blocks(replace(setup, processes=Processes(rank, 2)), store)
         assert {*range(3)} - {*store.missing(range(3))} == expected
 
@@ -670,7 +669,7 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
 def test_what_a_killed_run_left_half_written_goes(photos: Path, tmp_path: Path, mine: Path) -> None:
     out = tmp_path / "out"
     plan = runner.plan_evaluation(photos, [mine], None, out, PLAIN, EvaluateOptions(gallery_images=2))
-    blocks.BlockStore(out / ".evaluation").open(runner.set_up(plan, Processes()).inputs, overwrite=False)
+    blocks.BlockStore(out / ".evaluation", runner.set_up(plan, Processes()).inputs).open(overwrite=False)
     left = [out / f".{'0' * 16}-{files._host()}-{os.getpid()}-{'0' * 8}.sdvae-tmp"]  # this number, an earlier start
     left.append(out / ".evaluation" / left[0].name)
     for path in left:
