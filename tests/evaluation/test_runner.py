@@ -31,8 +31,7 @@ from sdvae.evaluation import blocks, compare, conclude, images, measure, runner
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
-from sdvae.evaluation.stress import seams
-from sdvae.evaluation.stress.run import run_stress
+from sdvae.evaluation.stress import run as stress
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
 from sdvae.processes import Processes
@@ -313,7 +312,7 @@ def test_reconstructions_that_are_not_finite_are_counted(
 def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     tmp_path: Path, mine: Path, make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "_MAX_PX", 96)
+    monkeypatch.setattr(stress, "_MAX_PX", 96)
     sizes = {"a.png": (140, 132), "b.png": (60, 50), "c.png": (150, 200), "d.png": (80, 80)}
     folder = make_images(tmp_path / "photos", sizes)
     protocol = replace(PLAIN, size_px=32, crop="center", seed=5)
@@ -329,7 +328,7 @@ def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     metrics: Any = {name: IMAGE_METRICS[name].compute for name in ("psnr", "ssim")}
     inputs: dict[str, Any] = {"cycles": small, "resolution": whole, "seams": centres, "sampling": small}
     for name, expected in inputs.items():
-        assert found[name] == run_stress([name], subject, expected, expected, metrics, 5)[name], name
+        assert found[name] == stress.run_stress([name], subject, expected, expected, metrics, 5)[name], name
     assert [row["num_images"] for row in found["resolution"]] == [2, 0, 0, 0, 0], "128 px fit the whole images alone"
     assert found["cycles"]["cycles"] == [1, 2, 5, 10] and len(found["cycles"]["metrics"]["psnr"]) == 4
     assert any("Seams" in note for note in found["notes"]) and any("Resolution" in note for note in found["notes"])
