@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from sdvae.cli.options import (
 )
 from sdvae.cli.output import print_json, print_result, progress, shown
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
-from sdvae.evaluation.protocol import PRESETS, metric_names, preset_with
+from sdvae.evaluation.protocol import PRESETS, Protocol, metric_names
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
@@ -140,7 +141,7 @@ def evaluate_command(
     the same command goes on. On several devices: accelerate launch -m sdvae evaluate ...
     """
     settings = take(EvaluateOptions, given)
-    protocol = preset_with(preset, metrics=None if metrics is None else metric_names(metrics), **given)
+    protocol = _protocol(preset, metrics=None if metrics is None else metric_names(metrics), **given)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
     announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
@@ -161,6 +162,13 @@ def evaluate_command(
         print_result(result)
         click.echo(shown(f"Report: {Path(out) / 'report.html'}"))
     ctx.exit(result.exit_code)
+
+
+def _protocol(preset: str, **given: Any) -> Protocol:
+    """The preset with what was given besides; None: not given."""
+    protocol = PRESETS[preset]
+    changed = {name: value for name, value in given.items() if value not in (None, getattr(protocol, name))}
+    return replace(protocol, preset=f"{preset} changed", **changed) if changed else protocol
 
 
 def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:

@@ -24,7 +24,6 @@ __all__ = [
     "SET_METRICS",
     "Protocol",
     "metric_names",
-    "preset_with",
 ]
 
 IMAGE_METRIC_NAMES = (
@@ -103,13 +102,6 @@ PRESETS: dict[str, Protocol] = {
     "imagenet256": Protocol(preset="imagenet256", size_px=256, crop="center", metrics=METRIC_NAMES),
     "quick": Protocol(preset="quick", size_px=256, crop="center", max_images=64, metrics=METRIC_GROUPS["fast"]),
 }
-
-
-def preset_with(name: str, **changes: Any) -> Protocol:
-    """A preset with fields changed; None leaves a field as the preset has it."""
-    preset = PRESETS[name]
-    changes = {field: value for field, value in changes.items() if value not in (None, getattr(preset, field))}
-    return dataclasses.replace(preset, preset=f"{name} changed", **changes) if changes else preset
 
 
 def metric_names(spec: str) -> tuple[str, ...]:
