@@ -119,6 +119,8 @@ def calibrate(
         raise ImageError(f"{images}: none of {len(files)} images could be used{first}")
     if not moments.varies.any():
         raise CheckpointError(f"{subject.name}: its latents are the same everywhere, so no scale makes their std 1")
+    shift, scale = (each.squeeze().numpy() for each in subject.scale.affine())  # (C,) or ()
+    present = Present(**asdict(subject.scale), std=moments.std(scale, shift), mean=moments.common_mean(scale, shift))
     return Calibration(
         vae=subject.name,
         vae_digest=subject.digest,
@@ -135,19 +137,10 @@ def calibrate(
         shift_factor=moments.common_mean(),
         scaling_factor_of_modes=moments.scaling_factor(of_modes=True) if has_posterior else None,
         channels=tuple(moments.channel(index) for index in range(moments.latent_channels)),
-        present=_present(subject, moments),
+        present=present,
         warnings=tuple(tally.warnings),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.key)),
         seconds=time.perf_counter() - started,
-    )
-
-
-def _present(subject: OpenedVae, moments: LatentMoments) -> Present:
-    shift, scale = (each.squeeze().numpy() for each in subject.scale.affine())  # (C,) or ()
-    return Present(
-        **asdict(subject.scale),
-        std=moments.std(scale, shift),
-        mean=moments.common_mean(scale, shift),
     )
 
 

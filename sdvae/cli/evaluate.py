@@ -11,9 +11,11 @@ import click
 from sdvae.cli.options import (
     announce_vae,
     batch_size_option,
+    choice,
     device_option,
     dry_run_option,
     json_option,
+    number,
     overwrite_option,
     protocol_options,
     take,
@@ -43,43 +45,23 @@ Examples:
     "--vae", "vaes", metavar="REF", multiple=True, help="A VAE to measure; may be repeated.  [default: the bundled one]"
 )
 @click.option("--reference", metavar="REF", help="The VAE that the others are compared with, image by image.")
-@click.option(
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    default="native",
-    show_default=True,
-    help="Pins everything below down to --background.",
-)
+@choice("--preset", list(PRESETS), default="native", help="Pins everything below down to --background.")
 @protocol_options
 @click.option(
     "--stress",
     metavar="LIST",
     help=f"all, none, or of {', '.join(STRESS_NAMES)}.  [default: {_STRESS}; none with --preset quick]",
 )
-@click.option(
-    "--stress-images",
-    type=click.IntRange(min=1),
-    default=EvaluateOptions.stress_images,
-    show_default=True,
-    metavar="N",
-    help="Images that the stress tests use.",
+@number("--stress-images", help="Images that the stress tests use.", default=EvaluateOptions.stress_images)
+@number(
+    "--swap-images", help="Images that the swap test against the reference uses.", default=EvaluateOptions.swap_images
 )
-@click.option(
-    "--swap-images",
-    type=click.IntRange(min=1),
-    default=EvaluateOptions.swap_images,
-    show_default=True,
-    metavar="N",
-    help="Images that the swap test against the reference uses.",
-)
-@click.option(
+@number(
     "--gallery",
     "gallery_images",
-    type=click.IntRange(min=0),
-    default=EvaluateOptions.gallery_images,
-    show_default=True,
-    metavar="N",
     help="Pictures in the report: the worst by each metric, and evenly spaced ones.",
+    default=EvaluateOptions.gallery_images,
+    least=0,
 )
 @click.option(
     "--fid-stats",
@@ -93,9 +75,9 @@ Examples:
     type=click.Path(path_type=Path),
     help="Write the originals' statistics here.",
 )
-@click.option(
+@choice(
     "--published",
-    type=click.Choice(["coco", "laion", "imagenet", "all"]),
+    ["coco", "laion", "imagenet", "all"],
     help="Show published numbers of Stable Diffusion's VAEs beside.",
 )
 @click.option(
@@ -114,9 +96,7 @@ Examples:
 )
 @device_option
 @batch_size_option
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads that read.  [default: one per core, at most 8]"
-)
+@number("--workers", help="Threads that read.  [default: one per core, at most 8]")
 @overwrite_option("Replace what another evaluation left in --out.")
 @dry_run_option("Print the protocol and what would be done, and write nothing.")
 @json_option

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdvae.cli.check import choose_files, read_pixels
-from sdvae.cli.options import audit_options, dry_run_option, json_option, overwrite_option
+from sdvae.cli.options import audit_options, choice, dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.data.sources.files import FileReason
@@ -42,7 +42,7 @@ Examples:
     metavar="BITS",
     help="Of every layer below fp16's limit; 2 bits leave room for values four times as large.",
 )
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Of the stored weights.  [default: as in VAE]")
+@choice("--dtype", COMPUTE_DTYPES, help="Of the stored weights.  [default: as in VAE]")
 @audit_options
 @click.option("--force", is_flag=True, help="Write a copy even where nothing is to fix.")
 @overwrite_option("Replace a VAE that is in DST.")

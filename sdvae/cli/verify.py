@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.options import dataset_options, device_option, json_option
+from sdvae.cli.options import dataset_options, device_option, json_option, number
 from sdvae.cli.output import print_json, progress, shown
 from sdvae.errors import ConfigError
 
@@ -30,9 +30,7 @@ Examples:
 @click.option("--images", metavar="IMAGES", help="What was encoded, as for `encode`: encode a sample again.")
 @dataset_options
 @click.option("--vae", metavar="REF", help="The VAE that CACHE is to be of.  [default: the one that it names]")
-@click.option(
-    "--sample", type=click.IntRange(min=1), metavar="N", help=f"Images to encode again.  [default: {_SAMPLE}]"
-)
+@number("--sample", help=f"Images to encode again.  [default: {_SAMPLE}]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of the sample.")
 @device_option
 @json_option

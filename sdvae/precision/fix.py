@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -306,10 +306,9 @@ def _is_nothing(scale: StreamScale) -> bool:
 
 
 def _summary(found: Audit) -> dict[str, Any]:
-    verdict = found.verdict(_FP16)
     return {
         "digest": found.digest,
-        "verdict": verdict.to_json(),
+        "verdict": asdict(found.verdict(_FP16)),
         "peak": found.tightest(1)[0].peak,
         "probe": found.probes[0].to_json(),
     }
