@@ -19,7 +19,7 @@ from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import Measured
 from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
-from sdvae.evaluation.images import Prepared, prepare, slice_of, stand_digest
+from sdvae.evaluation.images import Prepared, evenly_spaced, prepare, slice_of, stand_digest
 from sdvae.evaluation.measure import read_images
 from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
@@ -55,7 +55,7 @@ def conclude(setup: Setup, measured: Measured, started: float) -> EvaluationResu
         skipped += [(name, "only one image could be read") for name in setup.networks.set_metrics]
     elif setup.networks.set_metrics:
         sets = _measure_sets(setup, measured)
-    spaced = _spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
+    spaced = evenly_spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
     images_for_stress = _read_whole(plan, _read_again(plan, measured, spaced))
     chosen = choose_gallery(measured.values, len(measured.images), plan.options.gallery_images)
     gallery = _read_again(plan, measured, chosen)
@@ -231,8 +231,3 @@ def _lost_warnings(from_stress: int, from_gallery: int) -> list[str]:
         for name, count in counts.items()
         if count
     ]
-
-
-def _spaced(count: int, wanted: int) -> list[int]:
-    """At most so many places among `count`, evenly spaced."""
-    return [place * count // wanted for place in range(wanted)] if wanted < count else list(range(count))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,17 @@ from sdvae.features.lpips import LPIPS, MIN_PX, build_lpips, find_lpips_weights
 from sdvae.metrics.colour import mean_ciede2000
 from sdvae.metrics.ssim import MS_SSIM_MIN_PX, UNIFORM_PX, WINDOW_PX, ms_ssim, ssim, ssim_uniform
 
-__all__ = ["IMAGE_METRICS", "MAX_PSNR", "Compute", "Metric", "build_metric", "find_metric_weights", "psnr"]
+__all__ = [
+    "IMAGE_METRICS",
+    "MAX_PSNR",
+    "Compute",
+    "Metric",
+    "build_metric",
+    "compute_metrics",
+    "find_metric_weights",
+    "large_enough",
+    "psnr",
+]
 
 # (recon, image), both (B, 3, H, W), float32 in [0, 1], multiples of 1/255 -> (B,), float64, on the CPU
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -352,6 +362,16 @@ def find_metric_weights(
         return find_dists_weights(weights_path, option=option, without=without)
     net: Literal["alex", "vgg"] = "alex" if network == "lpips_alex" else "vgg"
     return find_lpips_weights(net, weights_path, option=option, without=without)
+
+
+def large_enough(metrics: Mapping[str, Compute], image: Tensor) -> dict[str, Compute]:
+    """Those of the metrics that can be computed on images (..., H, W) of this size."""
+    return {name: compute for name, compute in metrics.items() if min(image.shape[-2:]) >= IMAGE_METRICS[name].min_px}
+
+
+def compute_metrics(metrics: Mapping[str, Compute], recon: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """All metrics that the images are large enough for. recon, image: as for `Compute`."""
+    return {name: compute(recon, image) for name, compute in large_enough(metrics, image).items()}
 
 
 def build_metric(

@@ -21,12 +21,8 @@ from sdvae.data.images import image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.options import STRESS_NAMES
-from sdvae.evaluation.stress.cycles import cycles
-from sdvae.evaluation.stress.precision import precision
-from sdvae.evaluation.stress.resolution import resolution
-from sdvae.evaluation.stress.run import STRESS_TESTS, run_stress
-from sdvae.evaluation.stress.sampling import sampling
-from sdvae.evaluation.stress.seams import Tiling, seams
+from sdvae.evaluation.stress.run import STRESS_TESTS, cycles, precision, resolution, run_stress, sampling, seams
+from sdvae.evaluation.stress.tiling import Tiling
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.scale import LatentScale
