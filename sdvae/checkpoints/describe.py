@@ -129,9 +129,8 @@ def _scale_origin(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> str:
 
 
 def _load_other(ref: str | Path) -> dict[str, Any]:
-    from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
     from sdvae.checkpoints.fit import config_fields
-    from sdvae.checkpoints.store import autoencoder_digest
+    from sdvae.checkpoints.store import autoencoder_digest, load_any_autoencoder
 
     model: Any = load_any_autoencoder(ref)
     remark = "no AutoencoderKL: it can be measured with `sdvae evaluate`; the other commands need an AutoencoderKL"

@@ -16,9 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
 from sdvae.checkpoints.formats import CLASS_NAME
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_network
+from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_any_autoencoder, load_network
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
+from sdvae.checkpoints.any_autoencoder import load_other_class
 from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, load_weights, misfit
 from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, json_text
-from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
+from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, locate, read_checkpoint
 from sdvae.checkpoints.tensor_files import save_tensors
 from sdvae.errors import CheckpointError, ConfigError, some
 from sdvae.files import new_folder
@@ -35,6 +37,7 @@ __all__ = [
     "autoencoder_digest",
     "bundled_path",
     "keep_card",
+    "load_any_autoencoder",
     "load_autoencoder",
     "load_network",
     "save_autoencoder",
@@ -117,6 +120,22 @@ def load_network(
             f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
         )
     return vae
+
+
+def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
+    """Load an autoencoder of images, of the class that its config.json names: float32, on the CPU, in eval mode.
+
+    ref: as for `load_autoencoder`. An AutoencoderKL comes as ours, any other class as diffusers'.
+    Raises: as `load_autoencoder`; CheckpointError for a class that diffusers does not have or that is made for video.
+    """
+    try:
+        return load_network(ref)
+    except CheckpointError:
+        found = locate(ref)  # a file that says itself that it is an AutoencoderKL has no config here
+        config = formats.read_json(found.config) if found.config else {}
+        if found.config is None or config.get("_class_name", CLASS_NAME) == CLASS_NAME:
+            raise
+    return load_other_class(config, found.config, found.weights)
 
 
 def why_no_vae_folder(folder: Path) -> str | None:
