@@ -1,15 +1,13 @@
-"""Autoencoders on disk and on the hub: load, save, hand over to diffusers, identify by digest.
+"""Autoencoders on disk and on the hub: load, save, hand over to diffusers.
 
 What files hold is read and checked in `read`; how a folder takes another's place is in `files`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED_NAME",
-    "autoencoder_digest",
     "bundled_path",
     "keep_card",
     "load_any_autoencoder",
@@ -46,10 +43,6 @@ __all__ = [
 ]
 
 _OWN_FILE = re.compile(r"README\.md|config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
-
-# Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
-# about fp16. All others count, the scaling ones because they decide what latents mean.
-_NOT_IN_DIGEST = frozenset({"sample_size", "force_upcast"})
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -212,28 +205,3 @@ def to_diffusers(vae: Autoencoder) -> diffusers.AutoencoderKL:
     copies = {name: tensor.detach().clone() for name, tensor in vae.state_dict().items()}
     stock.load_state_dict(copies, strict=True, assign=True)
     return stock.train(vae.training)
-
-
-def autoencoder_digest(vae: Autoencoder | diffusers.ModelMixin, config: Mapping[str, Any] | None = None) -> str:
-    """Identity of an autoencoder of any class: with equal digests, equal images have equal latents, up to rounding.
-
-    Covers all weights as float32 in the order of their names, and all config fields but `sample_size` and
-    `force_upcast`. Independent of device, memory format and storage, as long as the values are the same; a cast to half
-    precision changes them, so take the digest before it.
-    config: in the place of the configuration that it has. Returns: "sha256:<hex>".
-    """
-    fields = config_fields(vae.config if config is None else config)
-    counting = {field: _plain(value) for field, value in fields.items() if field not in _NOT_IN_DIGEST}
-    digest = hashlib.sha256(json.dumps(counting, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-        # reshape copies only what lies in another order, such as channels_last
-        digest.update(tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _plain(value: Any) -> Any:
-    """One form for each config value: 1 is 1.0, and a tuple is a list."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

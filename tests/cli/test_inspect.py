@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.keys import to_ldm
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
