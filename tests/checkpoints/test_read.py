@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from vaes import build_vae
 
 from sdvae.checkpoints import tensor_files
-from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import FAMILIES, Kind, identify
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import header_metadata
 from sdvae.checkpoints.read import read_checkpoint
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_any_autoencoder, load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 

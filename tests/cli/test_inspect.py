@@ -17,8 +17,9 @@ from vaes import build_vae
 
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.keys import to_ldm
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder

@@ -18,7 +18,7 @@ from vaes import vae_fields
 
 from sdvae.checkpoints.convert import onnx as module
 from sdvae.checkpoints.convert.onnx import OnnxReport, export_onnx
-from sdvae.checkpoints.store import autoencoder_digest
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 

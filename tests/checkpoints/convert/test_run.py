@@ -20,11 +20,11 @@ from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.convert.verify import compare, ldm_shapes
 from sdvae.checkpoints.describe import describe_vae
-from sdvae.checkpoints.fit import full_config, load_weights
+from sdvae.checkpoints.fit import autoencoder_digest, full_config, load_weights
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, from_metadata, update_config
 from sdvae.checkpoints.read import bundled_path, read_checkpoint
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.checkpoints.tensor_files import differing
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.network import Autoencoder
