@@ -92,9 +92,8 @@ def to_bytes(header: LatentHeader, arrays: Arrays) -> bytes:
     """
     original = Size(width=header.source.width, height=header.source.height)
     buffer = io.BytesIO()
-    np.savez(
+    np.savez(  # without allow_pickle, which numpy before 2.1 takes for the name of an array
         buffer,
-        allow_pickle=False,
         **{name: array for name, array in arrays.items() if name != "z"},
         original_size=np.array([original.width, original.height]),
         crop_ltrb=np.array(crop_ltrb(header.image, original)),
