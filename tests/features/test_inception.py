@@ -33,7 +33,7 @@ def stock(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision's, where its image library does not load
         package = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-        return package.FeatureExtractorInceptionV3("stock", ["2048"], str(path)).eval()  # 0.3 leaves it in training
+        return package.FeatureExtractorInceptionV3("stock", ["2048"], str(path))
 
 
 def with_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ _spec.loader.exec_module(make)
 # Times, versions, and what CPUs compute differently in fp16.
 PASSING = {
     "seconds", "images_per_s", "megapixels_per_s", "mtime_ns", "source_mtime_ns", "sdvae_version", "sdvae", "created",
+    "diffusers", "_diffusers_version",
     "seconds_per_megapixel", "config_path",
     "probe", "probes", "sentence",
 }  # fmt: skip
