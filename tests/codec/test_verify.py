@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
@@ -41,12 +42,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Path) -> dict[str, Path]:
+def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, opened_vae: OpenedVae) -> dict[str, Path]:
     """A cache of each format; shards of two images."""
     out = tmp_path_factory.mktemp("caches")
     for format in FORMATS:
         options: dict[str, Any] = {"shard_size": 2} if FORMATS[format].is_sharded else {}
-        encode_folder(images, out / format, vae=vae_path, options=EncodeOptions(format=format, **options))
+        encode_folder(images, out / format, vae=opened_vae, options=EncodeOptions(format=format, **options))
     return {format: out / format for format in FORMATS}
 
 
@@ -257,16 +258,16 @@ def test_an_edited_manifest_is_found(cache: Path, change: Callable[[Any], Any], 
 
 
 def test_a_cache_of_two_vaes_or_preprocessings_is_found(
-    tmp_path: Path, images: Path, vae_path: Path, other_vae_path: Path, make_images: MakeImages
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, other_vae_path: Path, make_images: MakeImages
 ) -> None:
     cache = tmp_path / "cache"
     more = make_images(tmp_path / "more", {"x.png": (16, 16)})
-    encode_folder(images, cache, vae=vae_path)
+    encode_folder(images, cache, vae=opened_vae)
     encode_folder(more, cache, vae=other_vae_path, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert (problem.file, problem.key) == ("x.png.safetensors", "x.png")
     assert "made by another VAE than the rest" in problem.reason
-    encode_folder(more, cache, vae=vae_path, options=EncodeOptions(size=8))
+    encode_folder(more, cache, vae=opened_vae, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert problem.reason == "made with other settings than the rest: preprocessing"
 

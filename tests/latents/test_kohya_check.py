@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
@@ -42,14 +43,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Path) -> dict[str, Path]:
+def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, opened_vae: OpenedVae) -> dict[str, Path]:
     """By `--store`, with the mirrored images."""
     out = tmp_path_factory.mktemp("caches")
     for store in STORES:
         encode_folder(
             images,
             out / store,
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(format="kohya-npz", store=store, flip=True, seed=3, size=64),
         )
     return {store: out / store for store in STORES}
@@ -123,12 +124,12 @@ def test_turned_photographs_and_names_with_dots_are_right(
 
 
 def test_files_for_both_trainers_lie_side_by_side_but_not_of_two_sizes(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae
 ) -> None:
     cache = shutil.copytree(caches["moments"], tmp_path / "cache")
     options: dict[str, Any] = {"seed": 3, "size": 64, "flip": True}
     encode_folder(
-        images, cache, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", **options)
+        images, cache, vae=opened_vae, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", **options)
     )
     assert verify_cache(cache).problems == ()
     shutil.copy(cache / NAME, cache / NAME.replace("0064x0096", "0096x0064"))
