@@ -90,9 +90,9 @@ def relist(cache: Path, name: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_whole_cache_has_no_problems_and_its_images_give_the_same_latents(
-    caches: dict[str, Path], images: Path, vae_path: Path, format: str
+    caches: dict[str, Path], images: Path, opened_vae: OpenedVae, format: str
 ) -> None:
-    report = verify_cache(caches[format], images=images, vae=vae_path, device="cpu")
+    report = verify_cache(caches[format], images=images, vae=opened_vae)
     assert report.problems == () and report.warnings == () and report.exit_code == 0
     assert (report.format, report.has_manifest, report.num_items) == (format, True, 5)
     assert report.num_files == (3 if format in ("webdataset", "parquet") else 5)
@@ -106,19 +106,19 @@ def test_a_whole_cache_has_no_problems_and_its_images_give_the_same_latents(
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 def test_what_is_stored_is_reproduced_in_its_type_and_with_its_seed(
-    tmp_path: Path, images: Path, vae_path: Path, store: str, latent_dtype: str
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, store: str, latent_dtype: str
 ) -> None:
     options = {"store": store, "latent_dtype": latent_dtype, "seed": 5, "size": 16, "crop": "center"}
-    encode_folder(images, tmp_path / "cache", vae=vae_path, options=EncodeOptions(**options))  # type: ignore[arg-type]
+    encode_folder(images, tmp_path / "cache", vae=opened_vae, options=EncodeOptions(**options))  # type: ignore[arg-type]
     report = verify_cache(tmp_path / "cache", images=images, device="cpu")  # the VAE is found by its name
     assert report.problems == () and len(report.reencoded) == 5
     worst = max(each.difference for each in report.reencoded)
     assert worst < (1e-5 if latent_dtype == "float32" else 0.01)
 
 
-def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path, vae_path: Path) -> None:
+def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path, opened_vae: OpenedVae) -> None:
     cache = tmp_path / "cache"
-    encode_folder(images, cache, vae=vae_path, options=EncodeOptions(store="sample", seed=5))
+    encode_folder(images, cache, vae=opened_vae, options=EncodeOptions(store="sample", seed=5))
     path = cache / "a.png.safetensors"
     file = LatentFile.read(path)
     LatentFile(header=replace(file.header, seed=6), tensors=file.tensors).write(path)
@@ -135,18 +135,22 @@ def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path
     assert "other settings than the rest: seed" in found[path.name] and "gives another latent" in found[path.name]
 
 
-def test_a_folder_without_manifest_is_checked_as_far_as_it_goes(cache: Path, images: Path, vae_path: Path) -> None:
+def test_a_folder_without_manifest_is_checked_as_far_as_it_goes(
+    cache: Path, images: Path, opened_vae: OpenedVae
+) -> None:
     (cache / MANIFEST_NAME).unlink()
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=images, vae=opened_vae)
     assert (report.problems, report.has_manifest, report.num_items) == ((), False, 5)
     assert report.warnings == ("no manifest: digests not checked, and lost files not seen",)
     (cache / "a.png.safetensors").write_bytes((cache / "a.png.safetensors").read_bytes()[:-3])
     assert reasons(verify_cache(cache)).keys() == {"a.png.safetensors"}
 
 
-def test_the_sample_is_chosen_by_its_seed_among_all(caches: dict[str, Path], images: Path, vae_path: Path) -> None:
+def test_the_sample_is_chosen_by_its_seed_among_all(
+    caches: dict[str, Path], images: Path, opened_vae: OpenedVae
+) -> None:
     def chosen(seed: int) -> set[str]:
-        report = verify_cache(caches["webdataset"], images=images, vae=vae_path, sample=2, seed=seed, device="cpu")
+        report = verify_cache(caches["webdataset"], images=images, vae=opened_vae, sample=2, seed=seed)
         assert len(report.reencoded) == 2
         return {each.key for each in report.reencoded}
 
@@ -154,14 +158,13 @@ def test_the_sample_is_chosen_by_its_seed_among_all(caches: dict[str, Path], ima
     assert set.union(*map(chosen, range(12))) == set(SIZES)
 
 
-def test_progress_ends_with_everything_done(caches: dict[str, Path], images: Path, vae_path: Path) -> None:
+def test_progress_ends_with_everything_done(caches: dict[str, Path], images: Path, opened_vae: OpenedVae) -> None:
     calls: list[tuple[int, int]] = []
     verify_cache(
         caches["safetensors"],
         images=images,
-        vae=vae_path,
+        vae=opened_vae,
         sample=2,
-        device="cpu",
         on_progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(done, 7) for done in range(1, 8)]
@@ -277,11 +280,13 @@ def test_another_vae_than_the_given_one_is_found_once(cache: Path, other_vae_pat
     assert problem.file is None and "made by the VAE" in problem.reason and str(other_vae_path) in problem.reason
 
 
-def test_images_that_changed_or_went_away_are_found(tmp_path: Path, cache: Path, images: Path, vae_path: Path) -> None:
+def test_images_that_changed_or_went_away_are_found(
+    tmp_path: Path, cache: Path, images: Path, opened_vae: OpenedVae
+) -> None:
     changed = shutil.copytree(images, tmp_path / "images")
     Image.new("RGB", (24, 24), "red").save(changed / "a.png")
     (changed / "b.png").unlink()
-    report = verify_cache(cache, images=changed, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=changed, vae=opened_vae)
     found = reasons(report)
     assert found.keys() == {"a.png.safetensors", "b.png.safetensors"} and len(report.reencoded) == 3
     assert "stale: the image changed" in found["a.png.safetensors"]
@@ -290,7 +295,7 @@ def test_images_that_changed_or_went_away_are_found(tmp_path: Path, cache: Path,
 
 @pytest.mark.parametrize("format", ["safetensors", "webdataset"])
 def test_values_that_are_not_those_of_the_image_are_found(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path, format: str
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae, format: str
 ) -> None:
     """Sound files with a whole manifest, but the latents of a.png are moved: only encoding again shows it."""
     cache = copy_of(caches[format], tmp_path)
@@ -301,8 +306,8 @@ def test_values_that_are_not_those_of_the_image_are_found(
     items[0][1]["mean"] = mean
     path.write_bytes(FORMATS[format].encode(items))
     relist(cache, path.name)
-    assert verify_cache(cache, vae=vae_path, device="cpu").exit_code == 0
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    assert verify_cache(cache, vae=opened_vae).exit_code == 0
+    report = verify_cache(cache, images=images, vae=opened_vae)
     [problem] = report.problems
     assert problem.key == "a.png" and "gives another latent" in problem.reason
     assert sum(not each.ok for each in report.reencoded) == 1
@@ -317,13 +322,13 @@ def test_the_same_key_in_two_shards_is_found(tmp_path: Path, caches: dict[str, P
     assert all("part-000000.parquet too" in problem.reason for problem in problems[1:])
 
 
-def test_a_prepared_image_of_another_version_is_not_compared(cache: Path, images: Path, vae_path: Path) -> None:
+def test_a_prepared_image_of_another_version_is_not_compared(cache: Path, images: Path, opened_vae: OpenedVae) -> None:
     for path in sorted(cache.rglob("*.safetensors")):
         file = LatentFile.read(path)
         other = replace(file.header, preprocessing=replace(file.header.preprocessing, version=99))
         LatentFile(header=other, tensors=file.tensors).write(path)
     (cache / MANIFEST_NAME).unlink()
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=images, vae=opened_vae)
     assert (report.problems, report.reencoded) == ((), ())
     assert any("version 99" in warning for warning in report.warnings)
 
