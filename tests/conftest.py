@@ -23,6 +23,7 @@ ensure_torchvision_importable()  # before anything here imports diffusers
 
 from vaes import build_vae  # noqa: E402
 
+from sdvae.checkpoints.opened import OpenedVae, open_vae  # noqa: E402
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder  # noqa: E402
 from sdvae.model.autoencoder import AutoencoderKL  # noqa: E402
 
@@ -48,6 +49,12 @@ def tiny_vae() -> AutoencoderKL:
 @pytest.fixture(scope="session")
 def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_autoencoder(build_vae(*WIDTHS, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="session")
+def opened_vae(vae_path: Path) -> OpenedVae:
+    """What opening `vae_path` gives, once for all tests that only use it: opening takes ten times a small image."""
+    return open_vae(vae_path)
 
 
 @pytest.fixture(scope="session")
