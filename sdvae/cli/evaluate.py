@@ -155,12 +155,12 @@ def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
     from sdvae.errors import SdvaeError
     from sdvae.evaluation.protocol import SET_METRICS
     from sdvae.features.inception import find_inception_weights
-    from sdvae.metrics.table import find_metric_weights
+    from sdvae.metrics.table import IMAGE_METRICS
 
     weights, given = {}, plan.options.weights_path
     for name in plan.protocol.metrics:
         try:
-            path = find_inception_weights(given) if name in SET_METRICS else find_metric_weights(name, given)
+            path = find_inception_weights(given) if name in SET_METRICS else IMAGE_METRICS[name].find_weights(given)
         except SdvaeError as error:
             weights[name] = f"not at hand: {str(error).splitlines()[0]}"
         else:

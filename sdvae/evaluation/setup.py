@@ -20,7 +20,7 @@ from sdvae.evaluation.protocol import SET_METRICS, Protocol
 from sdvae.evaluation.swap import swap_obstacle
 from sdvae.features.inception import build_inception
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
-from sdvae.metrics.table import build_metric
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import choose_device
 from sdvae.processes import Processes
 
@@ -110,7 +110,9 @@ def build_networks(protocol: Protocol, options: EvaluateOptions, device: torch.d
     for name in (name for name in protocol.metrics if name not in SET_METRICS):
         without = _WITHOUT.format(name=name)
         try:
-            metrics[name] = build_metric(name, options.weights_path, device=device, option="--weights", without=without)
+            metrics[name] = IMAGE_METRICS[name].build(
+                options.weights_path, device=device, option="--weights", without=without
+            )
         except (ConfigError, MissingWeightsError) as error:
             skipped.append((name, _reason(error, options, without)))
     set_metrics = tuple(name for name in protocol.metrics if name in SET_METRICS)

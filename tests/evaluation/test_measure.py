@@ -26,7 +26,7 @@ from sdvae.evaluation.plan import ORIGINALS, Entrant, EvaluationPlan
 from sdvae.evaluation.protocol import PRESETS
 from sdvae.evaluation.setup import Networks, Setup
 from sdvae.features.lpips import LPIPS
-from sdvae.metrics.table import build_metric
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.processes import Processes
 
 # Height, width: three shapes that alternate, one of them smaller than a window of SSIM.
@@ -87,7 +87,7 @@ def set_up(*subjects: OpenedVae, batch_size: int | None = None, **fields: Any) -
 
 
 def measure(photos: Sequence[Prepared], *subjects: OpenedVae, names: Sequence[str] = ("psnr",), **fields: Any) -> Block:
-    setup = set_up(*subjects, **{"metrics": {name: build_metric(name) for name in names}} | fields)
+    setup = set_up(*subjects, **{"metrics": {name: IMAGE_METRICS[name].build() for name in names}} | fields)
     return measure_block(setup, [(each.index, each) for each in photos])
 
 
@@ -232,7 +232,7 @@ def test_lpips_takes_the_features_of_an_image_once_for_all_vaes(
         return features(network, x)
 
     monkeypatch.setattr(LPIPS, "features", count)
-    lpips = build_metric("lpips_alex", assets / "weights")
+    lpips = IMAGE_METRICS["lpips_alex"].build(assets / "weights")
     images = [photo(index, (40, 40)) for index in range(3)]
     block = measure(images, subject, other, subject, metrics={"lpips_alex": lpips}, batch_size=2)
     assert counted == [2, 1]

@@ -576,9 +576,9 @@ def test_intervals_are_those_of_the_protocols_seed_and_resamples(
     result = run(photos, tmp_path / "out", mine, reference=other, protocol=protocol)
     bootstrap = {"seed": 7, "resamples": 151}
     ours, theirs = (result.per_image["values"][id_] for id_ in ("mine", "other"))
-    assert result.vaes[0]["summary"] == compare.summarise(ours, **bootstrap)
-    assert result.vaes[1]["summary"] == compare.summarise(theirs, **bootstrap)
-    assert result.vaes[0]["slices"] == compare.slice_summaries(ours, result.per_image["slices"], **bootstrap)
+    assert result.vaes[0]["summary"] == bootstrap.summarise(ours, **bootstrap)
+    assert result.vaes[1]["summary"] == bootstrap.summarise(theirs, **bootstrap)
+    assert result.vaes[0]["slices"] == bootstrap.slice_summaries(ours, result.per_image["slices"], **bootstrap)
     expected = compare.paired_differences(ours, theirs, result.metrics, **bootstrap)
     assert result.comparisons[0]["metrics"] == expected
     assert expected != compare.paired_differences(ours, theirs, result.metrics, seed=0, resamples=151)

@@ -21,7 +21,7 @@ from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.stress.seam_score import SEAM_THRESHOLD, SeamScore, colour_step, seam_score
 from sdvae.evaluation.stress.tiling import Tiling
-from sdvae.metrics.table import Compute, build_metric
+from sdvae.metrics.table import IMAGE_METRICS, Compute
 from sdvae.model.posterior import image_generator
 
 __all__ = ["STRESS_TESTS", "cycles", "precision", "resolution", "run_stress", "sampling", "seams"]
@@ -222,8 +222,8 @@ class _PrecisionRow:
         self.name = str(subject.dtype).removeprefix("torch.")
         self.max_difference, self.finite, self.error = 0.0, True, ""
         self.against_exact, self.against_original = (
-            Means({"psnr": build_metric("psnr")}),
-            Means({"psnr": build_metric("psnr")}),
+            Means({"psnr": IMAGE_METRICS["psnr"].build()}),
+            Means({"psnr": IMAGE_METRICS["psnr"].build()}),
         )
 
     def add(self, original: Tensor, exact: Tensor) -> None:
@@ -299,7 +299,7 @@ def sampling(
     two draws, mean over images, at most 100 each; the less z is sure of, the lower). None, with a note, for an encoder
     without a posterior.
     """
-    of_mode, of_sample, between = Means(metrics), Means(metrics), Means({"psnr": build_metric("psnr")})
+    of_mode, of_sample, between = Means(metrics), Means(metrics), Means({"psnr": IMAGE_METRICS["psnr"].build()})
     for key, pixels in images:
         original = levels(pixels, subject)
         encoding = subject.encode(original * 2 - 1)
