@@ -150,7 +150,7 @@ def _check_diffusers(vae: Any) -> None:
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"diffusers {version('diffusers')} uploads in another way than sdvae knows: {error}. Install diffusers "
-            "0.36 to 0.42, or upload the files yourself: `hf upload REPO DIR`"
+            "0.37 to 0.42, or upload the files yourself: `hf upload REPO DIR`"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ from sdvae.cli.options import (
     device_option,
     dry_run_option,
     json_option,
-    max_images_option,
     overwrite_option,
+    protocol_options,
+    take,
 )
 from sdvae.cli.output import print_json, print_result, progress, shown
-from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
-from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
+from sdvae.evaluation.protocol import PRESETS, Protocol, metric_names
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
@@ -50,15 +50,7 @@ Examples:
     show_default=True,
     help="Pins everything below down to --background.",
 )
-@click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px.")
-@click.option("--crop", type=click.Choice(["center", "none"]), help="center: cut the resized image to N x N.")
-@max_images_option
-@click.option("--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}.")
-@click.option("--posterior", type=click.Choice(["mode", "sample"]), help="z that is decoded: the mean, or a draw.")
-@click.option("--seed", type=int, help="Of draws, bootstrap and KID.")
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Precision of the VAEs.")
-@click.option("--tiling", type=click.Choice(["off", "blended"]), help="blended: the VAE's own tiled mode.")
-@click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb.")
+@protocol_options
 @click.option(
     "--stress",
     metavar="LIST",
@@ -141,14 +133,15 @@ def evaluate_command(
     stress: str | None,
     dry_run: bool,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Measure VAEs on IMAGES, and write a report that opens in any browser.
 
     IMAGES is a folder, a file, a glob in quotes, or a .txt list; each first subfolder is a slice. Interrupted,
     the same command goes on. On several devices: accelerate launch -m sdvae evaluate ...
     """
-    protocol = _protocol(preset, metrics, settings)
+    settings = take(EvaluateOptions, given)
+    protocol = _protocol(preset, metrics=None if metrics is None else metric_names(metrics), **given)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
     announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
@@ -171,16 +164,11 @@ def evaluate_command(
     ctx.exit(result.exit_code)
 
 
-def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Protocol:
-    """The preset with what was given besides; takes its options out of `settings`."""
-    names = {field.name for field in fields(Protocol)} - {field.name for field in fields(EvaluateOptions)}
-    given = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
-    if metrics is not None:
-        given["metrics"] = metric_names(metrics)
-    changed = {name: value for name, value in given.items() if value != getattr(PRESETS[preset], name)}
-    if not changed:
-        return PRESETS[preset]
-    return replace(PRESETS[preset], preset=f"{preset} changed", **changed)
+def _protocol(preset: str, **given: Any) -> Protocol:
+    """The preset with what was given besides; None: not given."""
+    protocol = PRESETS[preset]
+    changed = {name: value for name, value in given.items() if value not in (None, getattr(protocol, name))}
+    return replace(protocol, preset=f"{preset} changed", **changed) if changed else protocol
 
 
 def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:

@@ -147,7 +147,7 @@ class BlockStore:
         }
         text = json.dumps({name: getattr(block, name) for name in _JSON_FIELDS})
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, json=np.frombuffer(text.encode(), np.uint8), **arrays)
+        np.savez(buffer, json=np.frombuffer(text.encode(), np.uint8), **arrays)
         write_atomic(buffer.getvalue(), self.folder / _NAME.format(number))
 
     def load(self, number: int) -> Block:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from vaes import vae_fields
 
 from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
@@ -23,8 +24,7 @@ CPU = torch.device("cpu")
 
 
 def kl(**fields: Any) -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, **fields)
+    return AutoencoderKL(**vae_fields(8, 8, **fields))
 
 
 def dc() -> Any:

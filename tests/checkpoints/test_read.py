@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from vaes import build_vae
 
 from sdvae.checkpoints import tensor_files
 from sdvae.checkpoints.fit import autoencoder_digest
@@ -38,12 +39,8 @@ AROUND = {
 
 
 def build(**fields: Any) -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        levels = len(fields.setdefault("block_out_channels", (32, 64)))
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **fields
-        ).eval()
+    widths = fields.pop("block_out_channels", (32, 64))
+    return build_vae(*widths, **{"norm_num_groups": 32} | fields)  # type: ignore[no-any-return]
 
 
 def stored(vae: AutoencoderKL, dtype: torch.dtype = torch.float32) -> Tensors:

@@ -14,6 +14,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from torch import Tensor, nn
+from vaes import vae_fields
 
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import image_to_x
@@ -192,13 +193,7 @@ def test_the_bundled_vae_in_tiles_differs_from_itself_without(photos: list[tuple
 
 
 def _stock_kl() -> nn.Module:
-    return StockAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=2,
-        sample_size=64,
-    ).eval()
+    return StockAutoencoderKL(**vae_fields(8, 8, 8, 8, norm_num_groups=2, sample_size=64)).eval()
 
 
 def _tiny() -> nn.Module:
