@@ -23,11 +23,13 @@ from sdvae.evaluation.images import Prepared, evenly_spaced, prepare, slice_of, 
 from sdvae.evaluation.measure import read_images
 from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
-from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, write_statistics
+from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets
 from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.evaluation.swap import swap_obstacle
+from sdvae.files import write_atomic
 from sdvae.metrics.bootstrap import slice_summaries, summarise
+from sdvae.metrics.fid import statistics_bytes
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.report.result import EvaluationResult
 
@@ -121,7 +123,8 @@ def _metric_row(name: str) -> dict[str, Any]:
 def _measure_sets(setup: Setup, measured: Measured) -> dict[str, dict[str, Any]]:
     if setup.plan.options.save_fid_statistics is not None:
         identity = {"images": stand_digest(setup.plan.files), "protocol": setup.plan.protocol.to_json()}
-        write_statistics(setup.plan.options.save_fid_statistics, measured.features[ORIGINALS].moments, identity)
+        statistics = statistics_bytes(measured.features[ORIGINALS].moments, identity)
+        write_atomic(statistics, setup.plan.options.save_fid_statistics)
     return measure_sets(measured.features, setup.plan.protocol, setup.fid_reference)
 
 

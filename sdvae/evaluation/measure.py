@@ -100,23 +100,8 @@ def measure_block(
             unreadable.append({"key": file.key, "reason": str(item).removeprefix(f"{file.path}: ")})
     metrics, sizes = setup.networks.metrics, [each.num_px for each in prepared]
     core_metrics = {name: metrics[name] for name in CORE_METRICS if name in metrics}
-    block = Block(
-        images=[
-            {
-                "index": each.index,
-                "key": each.key,
-                "digest": each.digest,
-                "width": each.pixels.shape[1],
-                "height": each.pixels.shape[0],
-            }
-            for each in prepared
-        ],
-        unreadable=unreadable,
-        values={id_: {name: [None] * len(prepared) for name in metrics} for id_ in setup.subjects},
-        pixels=sum(sizes),
-        seconds={id_: {"encode": 0.0, "decode": 0.0} for id_ in setup.subjects},
-        nonfinite=dict.fromkeys(setup.subjects, 0),
-    )
+    block = _new_block(setup, prepared)
+    block.unreadable, block.pixels = unreadable, sum(sizes)
     latents: dict[str, LatentHealth] = {}
     swaps = {id_: SwapTest(*pair) for id_, pair in setup.swap_pairs.items()}
     features = None if setup.networks.inception is None else _Features(setup.networks.inception, len(prepared))
@@ -184,6 +169,21 @@ def measure_block(
     block.latents = {id_: health.state() for id_, health in latents.items()}
     block.swaps = {id_: test.state() for id_, test in swaps.items()}
     return block
+
+
+def _new_block(setup: Setup, prepared: Sequence[Prepared]) -> Block:
+    """The images, and no numbers yet."""
+    ids, names = setup.subjects, setup.networks.metrics
+    sides = [each.pixels.shape[:2] for each in prepared]
+    return Block(
+        images=[
+            {"index": each.index, "key": each.key, "digest": each.digest, "width": width, "height": height}
+            for each, (height, width) in zip(prepared, sides, strict=True)
+        ],
+        values={id_: {name: [None] * len(prepared) for name in names} for id_ in ids},
+        seconds={id_: {"encode": 0.0, "decode": 0.0} for id_ in ids},
+        nonfinite=dict.fromkeys(ids, 0),
+    )
 
 
 @contextmanager
