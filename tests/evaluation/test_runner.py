@@ -32,6 +32,7 @@ from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
 from sdvae.evaluation.stress import run as stress
+from sdvae.metrics import bootstrap
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
 from sdvae.processes import Processes
@@ -574,12 +575,12 @@ def test_intervals_are_those_of_the_protocols_seed_and_resamples(
 ) -> None:
     protocol = replace(PLAIN, seed=7, resamples=151)
     result = run(photos, tmp_path / "out", mine, reference=other, protocol=protocol)
-    bootstrap = {"seed": 7, "resamples": 151}
+    drawn = {"seed": 7, "resamples": 151}
     ours, theirs = (result.per_image["values"][id_] for id_ in ("mine", "other"))
-    assert result.vaes[0]["summary"] == bootstrap.summarise(ours, **bootstrap)
-    assert result.vaes[1]["summary"] == bootstrap.summarise(theirs, **bootstrap)
-    assert result.vaes[0]["slices"] == bootstrap.slice_summaries(ours, result.per_image["slices"], **bootstrap)
-    expected = compare.paired_differences(ours, theirs, result.metrics, **bootstrap)
+    assert result.vaes[0]["summary"] == bootstrap.summarise(ours, **drawn)
+    assert result.vaes[1]["summary"] == bootstrap.summarise(theirs, **drawn)
+    assert result.vaes[0]["slices"] == bootstrap.slice_summaries(ours, result.per_image["slices"], **drawn)
+    expected = compare.paired_differences(ours, theirs, result.metrics, **drawn)
     assert result.comparisons[0]["metrics"] == expected
     assert expected != compare.paired_differences(ours, theirs, result.metrics, seed=0, resamples=151)
 
