@@ -92,6 +92,14 @@ class OpenedVae:
         Raises: ConfigError for a class that has no tiles.
         """
         model = cast(Any, self.model)
+        if isinstance(model, Autoencoder):
+            execution = model.execution
+            model.execution = replace(execution, tiling=mode)
+            try:
+                yield
+            finally:
+                model.execution = execution
+            return
         before = getattr(model, "use_tiling", None)
         if mode == "blended" and (before is None or not self._can_tile()):
             raise ConfigError(f"{self.name}: {self.class_name} with {self.latent_channels} channels has no tiled mode")

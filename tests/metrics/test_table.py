@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from importlib.resources import files
@@ -361,15 +359,6 @@ def test_an_unknown_metric_is_a_config_error_with_the_nearest_name() -> None:
     for function in (build_metric, find_metric_weights):
         with pytest.raises(ConfigError, match="'lpips_vg'; did you mean lpips_vgg?"):
             function("lpips_vg")
-
-
-def test_the_table_needs_none_of_the_packages_of_networks() -> None:
-    code = (
-        "import sys\n"
-        "import sdvae.metrics.table\n"
-        "assert not {'lpips', 'torchvision', 'DISTS_pytorch', 'diffusers'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_psnr_of_a_constant_error_has_its_closed_form() -> None:

@@ -11,8 +11,6 @@ from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
 
 from sdvae.model.autoencoder import AutoencoderKL
-from sdvae.model.strips import maps as rows
-from sdvae.model.strips import passes as streaming
 
 
 class Pair(NamedTuple):
@@ -77,15 +75,6 @@ def levels() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make_pair() -> Callable[..., Pair]:
     return _make_pair
-
-
-@pytest.fixture
-def tiny_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of 8 rows, and chunks of one strip, so that small images have many of both."""
-    monkeypatch.setattr(streaming, "LEAST_ROWS", 8)
-    monkeypatch.setattr(streaming, "STRIP_BYTES", 1)
-    monkeypatch.setattr(streaming, "block_tiles", lambda channels, phases: 1)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
 
 
 @pytest.fixture
