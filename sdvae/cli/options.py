@@ -1,8 +1,12 @@
-"""Options that several commands share. Defaults and choices come from `sdvae.codec.options`."""
+"""The options of commands, each declared once, in the groups that become one options object.
+
+A command hands what it gets on as `**options` to the dataclass of the group, which has the defaults and choices.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -19,11 +23,14 @@ from sdvae.codec.options import (
     EncodeOptions,
     RunOptions,
 )
+from sdvae.evaluation.protocol import METRIC_GROUPS
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
+from sdvae.precision.options import AuditOptions
 from sdvae.processes import is_main_process
 
 __all__ = [
     "announce_vae",
+    "audit_options",
     "batch_size_option",
     "dataset_options",
     "device_option",
@@ -33,14 +40,18 @@ __all__ = [
     "json_option",
     "max_images_option",
     "overwrite_option",
+    "protocol_options",
     "run_options",
-    "tiling_options",
     "shard_option",
+    "take",
+    "tiling_options",
     "vae_option",
     "write_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_GROUPS = ", ".join(METRIC_GROUPS)
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -196,6 +207,51 @@ image_options = _together(
     ),
 )
 
+protocol_options = _together(  # without defaults: what is not given is the preset's
+    click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px."),
+    click.option("--crop", type=click.Choice(["center", "none"]), help="center: cut the resized image to N x N."),
+    max_images_option,
+    click.option(
+        "--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}."
+    ),
+    click.option("--posterior", type=click.Choice(["mode", "sample"]), help="z that is decoded: the mean, or a draw."),
+    click.option("--seed", type=int, help="Of draws, bootstrap and KID."),
+    click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Precision of the VAEs."),
+    click.option("--tiling", type=click.Choice(["off", "blended"]), help="blended: the VAE's own tiled mode."),
+    click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb."),
+)
+
+audit_options = _together(
+    click.option(
+        "--size",
+        "size_px",
+        type=click.IntRange(min=8),
+        default=AuditOptions.size_px,
+        show_default=True,
+        metavar="N",
+        help="Images are cut to central squares of N px.",
+    ),
+    click.option(
+        "--limit",
+        "max_images",
+        type=click.IntRange(min=1),
+        default=AuditOptions.max_images,
+        show_default=True,
+        metavar="N",
+        help="Take N images, evenly spaced over the sorted names.",
+    ),
+    click.option(
+        "--probe-size",
+        "probe_size_px",
+        type=click.IntRange(min=8),
+        default=AuditOptions.probe_size_px,
+        show_default=True,
+        metavar="N",
+        help="Of two images that are really computed in fp16; CPUs are slow at it.",
+    ),
+    device_option,
+)
+
 dataset_options = _together(
     click.option("--split", metavar="NAME", help="Of a dataset.  [default: train]"),
     click.option("--subset", metavar="NAME", help="Of a dataset that has several configurations."),
@@ -213,6 +269,11 @@ write_options = _together(
     dry_run_option("Print what would be done, and write nothing."),
     json_option,
 )
+
+
+def take(kind: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of what a command was given, what is a field of this dataclass; it is taken out, for a command that has two."""
+    return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
 
 
 def announce_vae(vae: str | None) -> None:

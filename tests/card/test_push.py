@@ -19,8 +19,9 @@ import torch
 from diffusers.utils import PushToHubMixin
 
 from sdvae.card.push import push
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import CARD_NAME
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 

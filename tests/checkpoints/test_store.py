@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from sdvae import files
 from sdvae.checkpoints import read, store
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, load_network, save_autoencoder, to_diffusers
+from sdvae.checkpoints.fit import autoencoder_digest
+from sdvae.checkpoints.store import load_autoencoder, load_network, save_autoencoder, to_diffusers
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from vaes import build_vae, vae_fields
 
 from sdvae.checkpoints.compat.facts import WeightFacts, weight_facts
 from sdvae.checkpoints.compat.loaders import LoaderVerdict, loader_verdicts
@@ -45,9 +46,7 @@ def weights(fields: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def with_levels(*widths: int, **fields: Any) -> dict[str, Any]:
-    count = len(widths)
-    types = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
-    return SD | types | {"block_out_channels": widths} | fields
+    return SD | vae_fields(*widths, norm_num_groups=32) | fields
 
 
 def facts(
@@ -324,9 +323,7 @@ TINY = with_levels(8, 16, 16, norm_num_groups=4, scaling_factor=0.31)
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[StockAutoencoderKL, Path]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = StockAutoencoderKL(**TINY).eval()
+    vae = build_vae(8, 16, 16, kind=StockAutoencoderKL, **TINY)
     folder = tmp_path_factory.mktemp("stock") / "vae"
     vae.save_pretrained(folder)
     return vae, folder
