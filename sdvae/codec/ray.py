@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +34,7 @@ from sdvae.latents.header import VaeRecord
 from sdvae.latents.manifest import Manifest
 from sdvae.latents.registry import FORMATS
 
-__all__ = ["check_installed", "encode_on_ray"]
+__all__ = ["BlockWorker", "check_installed", "divide", "encode_on_ray"]
 
 _BLOCK_IMAGES = 64  # where images have files of their own: what a killed worker costs at most
 _BLOCKS_PER_WORKER = 4  # at least, so that no worker waits long for the last one
@@ -49,7 +50,7 @@ class _BlockResult:
     device: str
 
 
-class _Worker:
+class BlockWorker:
     """A process with a VAE, for Ray Data; it encodes one block after another."""
 
     def __init__(self, out: Path, options: EncodeOptions, vae: VaeRef, expected: VaeRecord) -> None:
@@ -116,7 +117,7 @@ def encode_on_ray(
     with _ray(options.ray_workers) as num_gpus:
         workers = options.ray_workers or num_gpus or max(1, int(ray.cluster_resources().get("CPU", 1)))
         try:
-            for result in _results(_blocks(jobs, options, workers), workers, num_gpus, (out, options, vae, record)):
+            for result in _results(divide(jobs, options, workers), workers, num_gpus, (out, options, vae, record)):
                 if isinstance(result, SdvaeError):
                     raise result
                 written.update(result.written)
@@ -136,7 +137,7 @@ def _absolute(job: Item) -> Item:
     return replace(job, path=job.path.absolute(), output=job.output.absolute(), member=member)
 
 
-def _blocks(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:
+def divide(jobs: Sequence[Item], options: EncodeOptions, workers: int) -> list[tuple[Item, ...]]:
     """The jobs, in blocks that workers can do apart from each other: those of a shard stay together."""
     if FORMATS[options.format].is_sharded:
         shards: dict[Path, list[Item]] = {}
@@ -163,7 +164,7 @@ def _results(
             [{"block": pickle.dumps(block)} for block in blocks], override_num_blocks=min(len(blocks), _RAY_BLOCKS)
         )
         results = rows.map_batches(
-            _Worker,
+            BlockWorker,
             fn_constructor_args=arguments,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))),
@@ -194,8 +195,9 @@ def _ray(workers: int | None) -> Iterator[int]:
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             where = f"cannot be reached at RAY_ADDRESS={address}" if address else "cannot be started on this machine"
             raise SdvaeError(f"Ray {where}: {error}") from error
-    try:
-        yield int(ray.cluster_resources().get("GPU", 0))
-    finally:
-        if ours:
-            ray.shutdown()
+    with redirect_stdout(sys.stderr):  # Ray prints there that a worker was killed, above a result in JSON
+        try:
+            yield int(ray.cluster_resources().get("GPU", 0))
+        finally:
+            if ours:
+                ray.shutdown()
