@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -25,6 +25,7 @@ from sdvae.processes import is_main_process
 __all__ = [
     "announce_vae",
     "batch_size_option",
+    "choice",
     "dataset_options",
     "device_option",
     "dry_run_option",
@@ -32,6 +33,7 @@ __all__ = [
     "image_options",
     "json_option",
     "max_images_option",
+    "number",
     "overwrite_option",
     "run_options",
     "tiling_options",
@@ -54,6 +56,17 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def choice(name: str, choices: Sequence[str], help: str, default: str | None = None) -> Callable[[F], F]:
+    """One of a few names."""
+    return click.option(name, type=click.Choice(choices), default=default, show_default=True, help=help)
+
+
+def number(*names: str, help: str, metavar: str = "N", default: int | None = None) -> Callable[[F], F]:
+    """A whole number from 1 on."""
+    kind = click.IntRange(min=1)
+    return click.option(*names, type=kind, metavar=metavar, default=default, show_default=True, help=help)
+
+
 def overwrite_option(help: str) -> Callable[[F], F]:
     """help: what is replaced."""
     return click.option("--overwrite", is_flag=True, help=help)
@@ -70,94 +83,59 @@ vae_option = click.option(
     "--vae", metavar="REF", help="The VAE: a folder, a file or a hub id.  [default: the bundled one]"
 )
 
-device_option = click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default=RunOptions.device,
-    show_default=True,
-    help="auto: cuda, mps, cpu.",
+device_option = choice("--device", DEVICES, "auto: cuda, mps, cpu.", RunOptions.device)
+
+batch_size_option = number(
+    "--batch-size", help="Images of one size that go through the VAE together.  [default: what suits the device]"
 )
 
-batch_size_option = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Images of one size that go through the VAE together.  [default: what suits the device]",
-)
-
-max_images_option = click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Take N images, evenly spaced over the sorted names.",
-)
+max_images_option = number("--max-images", help="Take N images, evenly spaced over the sorted names.")
 
 run_options = _together(
     device_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(COMPUTE_DTYPES),
-        default=RunOptions.dtype,
-        show_default=True,
-        help="Precision of the computation.",
-    ),
+    choice("--dtype", COMPUTE_DTYPES, "Precision of the computation.", RunOptions.dtype),
     batch_size_option,
-    click.option(
-        "--workers",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Threads that read, and as many that write.  [default: one per core, at most 8]",
-    ),
+    number("--workers", help="Threads that read, and as many that write.  [default: one per core, at most 8]"),
 )
 
 tiling_options = _together(
-    click.option(
+    choice(
         "--tiling",
-        type=click.Choice(TILINGS),
-        default=RunOptions.tiling,
-        show_default=True,
-        help="exact: in strips, with the result of one pass; auto: where one pass does not fit into memory; blended: "
+        TILINGS,
+        "exact: in strips, with the result of one pass; auto: where one pass does not fit into memory; blended: "
         "diffusers' tiles, approximate.",
+        RunOptions.tiling,
     ),
     click.option(
         "--max-memory",
         metavar="SIZE",
         help="For auto and exact, e.g. 4GB: of the process, on a GPU of its tensors.  [default: what is free]",
     ),
-    click.option(
-        "--tile-size", type=click.IntRange(min=1), metavar="PX", help="Of blended tiles.  [default: the VAE's]"
-    ),
+    number("--tile-size", metavar="PX", help="Of blended tiles.  [default: the VAE's]"),
     click.option(
         "--tile-overlap", type=click.FloatRange(0, 1, max_open=True), metavar="SHARE", help="Of them.  [default: 0.25]"
     ),
 )
 
 encode_options = _together(
-    click.option(
+    choice(
         "--format",
-        type=click.Choice(CACHE_FORMATS),
-        default=EncodeOptions.format,
-        show_default=True,
-        help="safetensors and kohya-npz: a file for each image; webdataset and parquet: shards.",
+        CACHE_FORMATS,
+        "safetensors and kohya-npz: a file for each image; webdataset and parquet: shards.",
+        EncodeOptions.format,
     ),
-    click.option(
-        "--shard-size",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help=f"webdataset and parquet: images in a shard.  [default: {DEFAULT_SHARD_SIZE}]",
-    ),
-    click.option(
+    number("--shard-size", help=f"webdataset and parquet: images in a shard.  [default: {DEFAULT_SHARD_SIZE}]"),
+    choice(
         "--kohya-suffix",
-        type=click.Choice(KOHYA_SUFFIXES),
-        help=f"kohya-npz: which of kohya's trainers is to read the files.  [default: {DEFAULT_KOHYA_SUFFIX}]",
+        KOHYA_SUFFIXES,
+        f"kohya-npz: which of kohya's trainers is to read the files.  [default: {DEFAULT_KOHYA_SUFFIX}]",
     ),
     click.option("--flip", is_flag=True, help="kohya-npz: encode the mirrored image too, for flip_aug."),
-    click.option(
+    choice(
         "--store",
-        type=click.Choice(STORES),
-        default=EncodeOptions.store,
-        show_default=True,
-        help="moments: mean and logvar of the posterior; mode: z = mean; sample: one draw of z.",
+        STORES,
+        "moments: mean and logvar of the posterior; mode: z = mean; sample: one draw of z.",
+        EncodeOptions.store,
     ),
     click.option(
         "--seed",
@@ -166,24 +144,12 @@ encode_options = _together(
         show_default=True,
         help="Of the draw of --store sample and of kohya-npz.",
     ),
-    click.option(
-        "--latent-dtype",
-        type=click.Choice(LATENT_DTYPES),
-        default=EncodeOptions.latent_dtype,
-        show_default=True,
-        help="Precision in the file.",
-    ),
+    choice("--latent-dtype", LATENT_DTYPES, "Precision in the file.", EncodeOptions.latent_dtype),
 )
 
 image_options = _together(
-    click.option("--size", type=click.IntRange(min=1), metavar="N", help="Resize the short side to N px first."),
-    click.option(
-        "--crop",
-        type=click.Choice(CROPS),
-        default=EncodeOptions.crop,
-        show_default=True,
-        help="center: cut the resized image to N x N.",
-    ),
+    number("--size", help="Resize the short side to N px first."),
+    choice("--crop", CROPS, "center: cut the resized image to N x N.", EncodeOptions.crop),
     click.option(
         "--background",
         metavar="COLOUR",
@@ -191,9 +157,7 @@ image_options = _together(
         show_default=True,
         help="Under transparent pixels: a name or #rrggbb.",
     ),
-    click.option(
-        "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger images.  [default: 134217728]"
-    ),
+    number("--max-pixels", help="Refuse larger images.  [default: 134217728]"),
 )
 
 dataset_options = _together(
