@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "note",
     "print_fields",
+    "print_first",
     "print_json",
     "print_plan",
     "print_reasons",
@@ -101,10 +102,16 @@ def print_reasons(title: str, reasons: Sequence[FileReason]) -> None:
     if not reasons:
         return
     click.echo(f"{title}:")
-    for about in reasons[:_SHOWN]:
-        click.echo(shown(f"  {about.source}: {about.reason}"))
-    if len(reasons) > _SHOWN:
-        click.echo(f"  and {len(reasons) - _SHOWN} more (--json lists all)")
+    print_first(f"{about.source}: {about.reason}" for about in reasons)
+
+
+def print_first(lines: Iterable[str]) -> None:
+    """The first lines of a list, and how many more there are."""
+    lines = list(lines)
+    for line in lines[:_SHOWN]:
+        click.echo(shown(f"  {line}"))
+    if len(lines) > _SHOWN:
+        click.echo(f"  and {len(lines) - _SHOWN} more (--json lists all)")
 
 
 @contextmanager
