@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
 
+from sdvae.report.text import number
+
 __all__ = [
     *("bar", "bins", "delta_strip", "difference_histogram", "dumbbells", "heat_map", "lines", "ridges", "strip"),
     *("caption", "px", "stroke"),  # of which charts are made
@@ -170,11 +172,11 @@ def heat_map(matrix: Sequence[Sequence[float | None]], label: str) -> Markup:
                 px(cell - 1),
                 px(cell - 1),
                 f"{min(abs(known), 1):.2f}",
-                f"channels {row} and {column}: " + ("n/a" if value is None else _signed(value, 2)),
+                f"channels {row} and {column}: {number(value, 2)}",
             )
             if count <= NUMBERS_IN_HEAT_MAP:
                 name = "middle number on-dark" if abs(known) > 0.65 else "middle number"
-                marks += caption(name, x + cell / 2, y + cell / 2 + 4, "n/a" if value is None else _signed(value, 2))
+                marks += caption(name, x + cell / 2, y + cell / 2 + 4, number(value, 2))
     every = math.ceil(count / 8)
     for index in range(0, count, every):
         centre = (index + 0.5) * cell
@@ -269,10 +271,6 @@ def _x_axis(place: Callable[[float], float], ends: tuple[float, float], y: float
             "middle", place(tick), y + 15, plus + text
         )
     return marks
-
-
-def _signed(value: float, decimals: int) -> str:
-    return _minus(f"{value:.{decimals}f}")
 
 
 def _significant(value: float) -> str:

@@ -45,16 +45,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "count": count,
-        "significant": significant,
-        "percent": percent,
-        "when": when,
-        "json_data": json_data,
-        "plain": plain,
-    }
+    filters = (number, signed, count, significant, percent, when, json_data, plain)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment
 
 
