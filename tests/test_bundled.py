@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sdvae.checkpoints.store import bundled_path, load_autoencoder
+from sdvae.checkpoints.read import bundled_path
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.config import read_config
 from sdvae.data.images import EncodedImage
 from sdvae.features.lpips import LPIPS, build_lpips

@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULTS",
     "autoencoder_digest",
     "build",
+    "check_dtype",
     "check_fields",
     "config_fields",
     "config_json",
@@ -48,6 +49,12 @@ def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_json(config: AutoencoderConfig) -> dict[str, Any]:
     """What config.json holds for a network, as diffusers writes it, but for the order."""
     return {"_class_name": CLASS_NAME, "_diffusers_version": version("diffusers"), **config}
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises: ConfigError for a type that is none of weights."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ConfigError(f"dtype is {dtype}; weights need a floating-point type such as torch.float32")
 
 
 def check_fields(config: Mapping[str, Any], source: object) -> None:

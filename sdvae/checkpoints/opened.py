@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import CLASS_NAME
-from sdvae.checkpoints.store import BUNDLED_NAME, load_any_autoencoder, load_network
+from sdvae.checkpoints.read import BUNDLED_NAME, load_network
+from sdvae.checkpoints.store import load_any_autoencoder
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
@@ -159,7 +160,9 @@ def open_vae(
                 f"{name}: {field} has {len(values)} values; expected {config['latent_channels']}, one per latent "
                 "channel"
             )
-    return _opened(name, model, digest, place, kind, model.spatial_compression_ratio, config["latent_channels"])
+    return _opened(
+        name, model, CLASS_NAME, digest, place, kind, model.spatial_compression_ratio, config["latent_channels"]
+    )
 
 
 def open_any_vae(ref: str | Path | nn.Module | None, device: torch.device, dtype: torch.dtype) -> OpenedVae:
@@ -180,16 +183,24 @@ def open_any_vae(ref: str | Path | nn.Module | None, device: torch.device, dtype
         model, name = load_any_autoencoder(ref), BUNDLED_NAME if ref is None else str(ref)
         digest = autoencoder_digest(model)
         model = _prepared(model, device, dtype)
-    return _opened(name, model, digest, device, dtype, *_probe(model, name, device, dtype))
+    kind = _class_name(model)
+    return _opened(name, model, kind, digest, device, dtype, *_probe(model, name, device, dtype))
 
 
 def _opened(
-    name: str, model: Any, digest: str, device: torch.device, dtype: torch.dtype, ratio: int, channels: int
+    name: str,
+    model: Any,
+    class_name: str,
+    digest: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ratio: int,
+    channels: int,
 ) -> OpenedVae:
     return OpenedVae(
         name=name,
         model=model,
-        class_name=_class_name(model),
+        class_name=class_name,
         digest=digest,
         device=device,
         dtype=dtype,

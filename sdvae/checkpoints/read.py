@@ -1,7 +1,7 @@
-"""An autoencoder's weights and configuration from files of any layout, checked, without building a model to run.
+"""An autoencoder's weights and configuration from files of any layout, checked, and the network that has them.
 
-Of a whole checkpoint, only the VAE's tensors are read. No file runs code. Left out: loading into a model, and saving;
-see `store`.
+Of a whole checkpoint, only the VAE's tensors are read. No file runs code. Left out: diffusers' shell, and saving; see
+`store`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sdvae.checkpoints import formats
-from sdvae.checkpoints.fit import build, check_fields, first_not_finite, misfit
+from sdvae.checkpoints.fit import build, check_dtype, check_fields, first_not_finite, load_weights, misfit
 from sdvae.checkpoints.formats import CLASS_NAME, CONFIG_NAME, Found, Kind
 from sdvae.checkpoints.hub import hub_folder, is_hub_id
 from sdvae.checkpoints.infer import inferred, still_assumed
@@ -31,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "bundled_path",
     "config_path_for",
+    "load_network",
     "locate",
     "public_name",
     "read_checkpoint",
@@ -207,3 +209,26 @@ def read_checkpoint(
         assumed=assumed + still,
         network=network,
     )
+
+
+def load_network(
+    ref: str | Path | None = None,
+    *,
+    subfolder: str | None = None,
+    config: str | Path | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> Autoencoder:
+    """As `store.load_autoencoder`, without diffusers' shell, whose import takes seconds."""
+    check_dtype(dtype)
+    checkpoint = read_checkpoint(
+        ref, subfolder=subfolder, config=config, revision=revision, local_files_only=local_files_only
+    )
+    vae = load_weights(checkpoint.network, checkpoint.tensors, dtype=dtype or torch.float32, device=device)
+    if name := first_not_finite(vae.state_dict()):  # they were finite in the file
+        raise CheckpointError(
+            f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
+        )
+    return vae

@@ -17,11 +17,11 @@ from torch import nn
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
 from sdvae.checkpoints.any_autoencoder import load_other_class
-from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, load_weights, misfit
+from sdvae.checkpoints.fit import build, check_dtype, config_fields, config_json, first_not_finite, misfit
 from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, json_text
-from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, locate, read_checkpoint
+from sdvae.checkpoints.read import load_network, locate
 from sdvae.checkpoints.tensor_files import save_tensors
-from sdvae.errors import CheckpointError, ConfigError, some
+from sdvae.errors import CheckpointError, some
 from sdvae.files import new_folder
 from sdvae.model.network import Autoencoder, AutoencoderConfig
 
@@ -31,23 +31,15 @@ if TYPE_CHECKING:
     from sdvae.model.autoencoder import AutoencoderKL
 
 __all__ = [
-    "BUNDLED_NAME",
-    "bundled_path",
     "keep_card",
     "load_any_autoencoder",
     "load_autoencoder",
-    "load_network",
     "save_autoencoder",
     "to_diffusers",
     "why_no_vae_folder",
 ]
 
 _OWN_FILE = re.compile(r"README\.md|config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype is {dtype}; weights need a floating-point type such as torch.float32")
 
 
 def load_autoencoder(
@@ -89,29 +81,6 @@ def load_autoencoder(
         vae: AutoencoderKL = AutoencoderKL(**config_fields(network.config))
     vae.load_state_dict(network.state_dict(), strict=True, assign=True)
     vae.eval()
-    return vae
-
-
-def load_network(
-    ref: str | Path | None = None,
-    *,
-    subfolder: str | None = None,
-    config: str | Path | None = None,
-    revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    local_files_only: bool = False,
-) -> Autoencoder:
-    """As `load_autoencoder`, without diffusers' shell, whose import takes seconds."""
-    _check_dtype(dtype)
-    checkpoint = read_checkpoint(
-        ref, subfolder=subfolder, config=config, revision=revision, local_files_only=local_files_only
-    )
-    vae = load_weights(checkpoint.network, checkpoint.tensors, dtype=dtype or torch.float32, device=device)
-    if name := first_not_finite(vae.state_dict()):  # they were finite in the file
-        raise CheckpointError(
-            f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
-        )
     return vae
 
 
@@ -179,7 +148,7 @@ def save_autoencoder(
     Raises: OutputExistsError where something is in the way; CheckpointError for weights that are not finite or do not
         fit their config, and where writing fails.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     with new_folder(Path(path), overwrite=overwrite, is_ours=why_no_vae_folder) as folder:
         _write(vae, folder, dtype)
         keep_card(Path(path), folder)

@@ -37,11 +37,11 @@ def open_tensors(weights: Path) -> tuple[Readers, dict[str, str]]:
         raise CheckpointError(f"{weights}: named by the index beside it, but not there; copy or download it again")
     if weights.suffix in formats.PICKLE_SUFFIXES:
         return {name: partial(_itself, tensor) for name, tensor in _read_pickle(weights).items()}, {}
-    formats.read_shapes(weights)  # explains damage better than the library
     try:
         file: Any = safe_open(weights, framework="pt")
         return {name: partial(_get, file, name, weights) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
+        formats.read_shapes(weights)  # explains damage better than the library
         raise CheckpointError(f"{weights}: cannot be read: {error}") from error
 
 

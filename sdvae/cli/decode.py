@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, choice, run_options, shard_option, tiling_options, vae_option, write_options
+from sdvae.cli.options import choice, run_options, shard_option, tiling_options, vae_option, write_options
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 
 __all__ = ["decode_command"]
@@ -46,8 +46,4 @@ def decode_command(
     LATENTS is a folder of latent files (OUT mirrors its tree), one file, or a glob in quotes. Images have the size and
     the name of their source. Run again, it does what is missing or stale.
     """
-    settings = DecodeOptions(**options)
-    announce_vae(vae)
-    from sdvae.codec.run import DecodeRun
-
-    plan_or_run(ctx, DecodeRun(latents, out, vae, settings), dry_run, as_json)
+    plan_or_run(ctx, latents, out, vae, DecodeOptions(**options), dry_run, as_json)

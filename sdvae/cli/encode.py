@@ -8,7 +8,6 @@ import click
 
 from sdvae.cli.execute import plan_or_run
 from sdvae.cli.options import (
-    announce_vae,
     choice,
     dataset_options,
     encode_options,
@@ -62,8 +61,4 @@ def encode_command(
 
     --shard, `accelerate launch` and --engine ray divide the work over devices and machines; the docs on scale say how.
     """
-    settings = EncodeOptions(**options)
-    announce_vae(vae)
-    from sdvae.codec.run import EncodeRun
-
-    plan_or_run(ctx, EncodeRun(images, out, vae, settings), dry_run, as_json)
+    plan_or_run(ctx, images, out, vae, EncodeOptions(**options), dry_run, as_json)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdvae.cli.execute import announce_vae
 from sdvae.cli.options import (
-    announce_vae,
     batch_size_option,
     choice,
     device_option,

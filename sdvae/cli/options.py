@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 
-from sdvae.cli.output import note
 from sdvae.codec.options import (
     COMPUTE_DTYPES,
     CROPS,
@@ -26,10 +25,8 @@ from sdvae.codec.options import (
 from sdvae.evaluation.protocol import METRIC_GROUPS
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
 from sdvae.precision.options import AuditOptions
-from sdvae.processes import is_main_process
 
 __all__ = [
-    "announce_vae",
     "audit_options",
     "batch_size_option",
     "choice",
@@ -227,11 +224,3 @@ write_options = _together(
 def take(kind: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     """Of what a command was given, what is a field of this dataclass; it is taken out, for a command that has two."""
     return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
-
-
-def announce_vae(vae: str | None) -> None:
-    """Say on stderr which VAE serves where none was given; of several processes one says it."""
-    if vae is None and is_main_process():
-        from sdvae.checkpoints.store import BUNDLED_NAME
-
-        note(f"No --vae given: using the bundled {BUNDLED_NAME}.")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import announce_vae, image_options, run_options, tiling_options, vae_option, write_options
+from sdvae.cli.execute import announce_vae
+from sdvae.cli.options import image_options, run_options, tiling_options, vae_option, write_options
 from sdvae.cli.output import print_json, print_plan, print_reasons, print_table, progress, shown
 from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions
 from sdvae.errors import ConfigError, OutputExistsError
@@ -187,7 +188,7 @@ def _print_dry_run(encoding: EncodeRun, folders: Folders, as_json: bool) -> None
 
 
 def _reconstruct(encoding: EncodeRun, folders: Folders) -> ReconstructReport:
-    from sdvae.codec.planning.decode import LatentSource
+    from sdvae.codec.planning.files import LatentSource
     from sdvae.codec.run import DecodeRun
 
     with progress("encode") as on_progress:

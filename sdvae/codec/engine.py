@@ -13,22 +13,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.planning.plan import Item, Plan
 from sdvae.data import batches
-from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches
+from sdvae.data.batches import OnProgress, Tally, compute_batches, write_behind
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import SdvaeError
 from sdvae.latents.header import LatentHeader
+from sdvae.model.device import preferred_memory_format
 
-__all__ = ["CodecTally", "Member", "Work", "carry_out"]
+__all__ = ["CodecTally", "Member", "Work", "carry_out", "to_device"]
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -132,7 +133,14 @@ class Work(ABC):
     def finish(self, output: Path) -> None:
         """Write an output all of whose files went through `write`, or failed. Raises: SdvaeError, OSError."""
         raise NotImplementedError
-        raise NotImplementedError
+
+
+def to_device(tensors: Sequence[Tensor], vae: OpenedVae) -> Tensor:
+    """A batch on the device of the VAE, in its dtype. Does not wait for the copy, so the next batch can be prepared."""
+    batch = torch.stack(list(tensors)).to(memory_format=preferred_memory_format(vae.device))
+    if vae.device.type == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(vae.device, vae.dtype, non_blocking=True)
 
 
 def carry_out(work: Work, plan: Plan, on_progress: OnProgress | None = None) -> CodecTally:
@@ -141,51 +149,51 @@ def carry_out(work: Work, plan: Plan, on_progress: OnProgress | None = None) -> 
     A file that fails is recorded. Interrupted at any moment, every output is whole or not there.
     Raises: SdvaeError where the disk is full.
     """
-    options = work.options
     tally = CodecTally(on_progress, total=len(plan.jobs))
-
-    def on_done(member: Member, error: Exception | None) -> None:
-        if error is not None:
-            record(error, [member])
-        elif work.by_output:
-            tally.hold(member)
-        else:
-            tally.succeed(member)
-
-    def record(error: Exception, members: Sequence[Member]) -> None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise _disk_full(error, work.out, tally) from error
-        for job in (member.job for member in members):
-            reason = str(error).removeprefix(f"{job.output}: ")
-            if isinstance(error, OSError):
-                reason = f"{job.output} cannot be written: {error.strerror or error}"
-            tally.fail(job, SdvaeError(reason))
-
     for jobs in _by_output(plan.jobs) if work.by_output else [plan.jobs]:
         computed = compute_batches(
             jobs,
             work.read,
             work.compute,
             tally,
-            workers=options.num_workers,
-            batch_size=options.batch_size,
+            workers=work.options.num_workers,
+            batch_size=work.options.batch_size,
             batch_pixels=work.vae.batch_pixels,
             if_out_of_memory=work.if_out_of_memory,
         )
-        with closing(computed), WriteBehind(options.num_workers, on_done) as writer:
-            for members, results in computed:
-                for member, result in zip(members, results, strict=True):
-                    writer.submit(member, partial(work.write, member, result), math.prod(member.size_px))
+        with closing(write_behind(computed, work.write, work.options.num_workers)) as written:
+            for member, error in written:
+                if error is not None:
+                    _fail(member.job, error, work.out, tally)
+                elif work.by_output:
+                    tally.hold(member)
+                else:
+                    tally.succeed(member)
         if work.by_output:
             held = tally.release()
             try:
                 work.finish(jobs[0].output)
             except (OSError, SdvaeError) as error:
-                record(error, held)
+                for member in held:
+                    _fail(member.job, error, work.out, tally)
             else:
                 for member in held:
                     tally.succeed(member)
     return tally
+
+
+def _fail(job: Item, error: Exception, out: Path, tally: CodecTally) -> None:
+    """Count a file whose output could not be written. Raises: SdvaeError where the disk is full."""
+    reason = str(error).removeprefix(f"{job.output}: ")
+    if isinstance(error, OSError):
+        if error.errno in _DISK_FULL:
+            free = shutil.disk_usage(out).free
+            raise SdvaeError(
+                f"{out}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written "
+                "and are whole; make room, then run the same command again to continue"
+            ) from error
+        reason = f"{job.output} cannot be written: {error.strerror or error}"
+    tally.fail(job, SdvaeError(reason))
 
 
 def _by_output(jobs: Sequence[Item]) -> list[Sequence[Item]]:
@@ -193,11 +201,3 @@ def _by_output(jobs: Sequence[Item]) -> list[Sequence[Item]]:
     for job in jobs:
         groups.setdefault(job.output, []).append(job)
     return list(groups.values())
-
-
-def _disk_full(error: OSError, out: Path, tally: CodecTally) -> SdvaeError:
-    free = shutil.disk_usage(out).free
-    return SdvaeError(
-        f"{out}: {error.strerror} ({free / 1e6:.1f} MB free). {tally.done} of {tally.total} files were written and are "
-        "whole; make room, then run the same command again to continue"
-    )

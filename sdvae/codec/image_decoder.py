@@ -9,9 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
-from sdvae.codec.decoded_image import mark_for, save_marked
-from sdvae.codec.engine import Member, Work
-from sdvae.codec.image_encoder import to_device
+from sdvae.codec.decoded_image import ImageMark, save_marked
+from sdvae.codec.engine import Member, Work, to_device
 from sdvae.codec.options import DecodeOptions
 from sdvae.codec.planning.plan import Item
 from sdvae.data.images import x_to_image
@@ -52,4 +51,11 @@ class ImageDecoder(Work):
     def write(self, member: Member, computed: Tensor) -> None:
         item, header = member.job, member.header
         pixels = x_to_image(unpad(computed.cpu(), header.image.height, header.image.width))
-        save_marked(pixels, item.output, mark_for(item.key, header, self.record, self.options.quality))
+        mark = ImageMark(
+            key=item.key,
+            latent_digest=header.latent_digest,
+            vae_digest=self.record.digest,
+            dtype=self.record.computation,
+            quality=self.options.quality,
+        )
+        save_marked(pixels, item.output, mark)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae
-from sdvae.codec.cache_writer import CacheWriter
-from sdvae.codec.engine import Member, Work
+from sdvae.codec.engine import Member, Work, to_device
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.planning.encode import preprocessing_of
 from sdvae.codec.planning.kohya import why_no_bucket
@@ -23,12 +22,15 @@ from sdvae.data.images import DEFAULT_MAX_PIXELS, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile
 from sdvae.data.transforms import pad_to_multiple, resize_and_crop
 from sdvae.errors import ImageError
-from sdvae.latents.formats import SHARDED_FORMATS
-from sdvae.latents.header import LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
+from sdvae.files import write_atomic
+from sdvae.latents.header import ArrayItem, LatentHeader, Padding, Preprocessing, Size, SourceRecord, VaeRecord
 from sdvae.latents.kohya import mirrored_key
+from sdvae.latents.manifest import Manifest
+from sdvae.latents.registry import FORMATS
+from sdvae.latents.safetensors import check_finite
 from sdvae.model.posterior import DiagonalGaussian, image_generator
 
-__all__ = ["ImageEncoder", "LoadedImage", "load_image", "to_device"]
+__all__ = ["ImageEncoder", "LoadedImage", "load_image"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,22 +67,31 @@ def load_image(file: ImageFile, preprocessing: Preprocessing, max_pixels: int | 
     return LoadedImage(source=source, pixels=pixels, notes=read.notes)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class ImageEncoder(Work):
-    """Does jobs of a plan with a VAE: image file -> latent in a file of the cache."""
+    """Does jobs of a plan with a VAE: image file -> latent in a file of the cache, each file whole."""
 
-    out: Path
     options: EncodeOptions
-    vae: OpenedVae
-    record: VaeRecord  # of the VAE
-    writer: CacheWriter
-
     if_out_of_memory = "use a smaller --size, a lower --max-memory, or a device with more memory"
+
+    def __init__(
+        self, out: Path, options: EncodeOptions, vae: OpenedVae, record: VaeRecord, jobs: Iterable[Item]
+    ) -> None:
+        """record: of the VAE."""
+        self.out = out
+        self.options = options
+        self.vae = vae
+        self.record = record
+        self.written = Manifest(format=options.format)  # the files that were written
+        self._format = FORMATS[options.format]
+        self._preprocessing = preprocessing_of(options)
+        self._shard: list[ArrayItem] = []  # of the shard that is being filled
+        self._redone: dict[Path, set[str]] = {}  # keys that are encoded anew, by output
+        for job in jobs:
+            self._redone.setdefault(job.output, set()).add(job.key)
 
     def load(self, item: Item) -> LoadedImage:
         """The image of an item, as it goes into the VAE. Raises: ImageError."""
-        file = ImageFile(item.key, item.path, item.member)
-        return load_image(file, preprocessing_of(self.options), self.options.max_pixels)
+        return load_image(ImageFile(item.key, item.path, item.member), self._preprocessing, self.options.max_pixels)
 
     def read(self, item: Item) -> Member:
         image = self.load(item)
@@ -96,7 +107,7 @@ class ImageEncoder(Work):
             source=image.source,
             image=Size(width=width, height=height),
             padding=Padding(**asdict(padding)),
-            preprocessing=preprocessing_of(self.options),
+            preprocessing=self._preprocessing,
             vae=self.record,
             notes=image.notes,
             sdvae_version=__version__,
@@ -113,14 +124,46 @@ class ImageEncoder(Work):
         return list(moments)
 
     def write(self, member: Member, computed: Tensor) -> None:
-        self.writer.add(member.job.output, member.header, self._tensors(member.header, computed.float().cpu()))
+        """Write a latent, or of a format of shards keep it for `finish`.
+
+        Raises: LatentFileError for values that are not finite; OSError.
+        """
+        header, output = member.header, member.job.output
+        tensors = self._tensors(header, computed.float().cpu())
+        check_finite(header, tensors, output)
+        item = (header, {name: tensor.contiguous().numpy() for name, tensor in tensors.items()})
+        if self.by_output:
+            self._shard.append(item)
+        else:
+            self._write_file(output, [item])
 
     @property
     def by_output(self) -> bool:
-        return self.options.format in SHARDED_FORMATS
+        return self._format.is_sharded
 
     def finish(self, output: Path) -> None:
-        self.writer.finish(output)
+        """Write a shard: what `write` kept since the last one, and of the old shard what was up to date.
+
+        Raises: LatentFileError where the old one cannot be read; OSError.
+        """
+        added, self._shard = self._shard, []
+        old = list(self._format.read_items(output)) if output.exists() else []
+        kept = [
+            (header, {name: tensor.numpy() for name, tensor in tensors.items()})
+            for header, tensors in old
+            if header.source.key not in self._redone[output]
+        ]
+        if items := sorted([*added, *kept], key=lambda item: item[0].source.key):
+            if added or len(kept) < len(old):
+                self._write_file(output, items)
+        else:
+            output.unlink(missing_ok=True)  # all that it held is stale, and failed now
+
+    def _write_file(self, output: Path, items: Sequence[ArrayItem]) -> None:
+        data = self._format.to_bytes(items)
+        write_atomic(data, output)
+        shapes = [(header, next(iter(arrays.values())).shape) for header, arrays in items]
+        self.written.add(self.out, output, data, shapes)
 
     def _tensors(self, header: LatentHeader, moments: Tensor) -> dict[str, Tensor]:
         """What the file is to hold, each (C, h, w)."""
@@ -141,11 +184,3 @@ class ImageEncoder(Work):
         if not self.options.draws:
             return posterior.mode()[0]
         return posterior.sample(image_generator(self.options.seed, key))[0]
-
-
-def to_device(tensors: Sequence[Tensor], vae: OpenedVae) -> Tensor:
-    """A batch on the device of the VAE, in its dtype. Does not wait for the copy, so the next batch can be prepared."""
-    batch = torch.stack(list(tensors)).to(memory_format=vae.memory_format)
-    if vae.device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(vae.device, vae.dtype, non_blocking=True)

@@ -76,15 +76,11 @@ class RunOptions:
             Part.parse(self.shard)
 
     @property
-    def max_memory_bytes(self) -> int | None:
-        return None if self.max_memory is None else parse_bytes(self.max_memory)
-
-    @property
     def opening(self) -> dict[str, Any]:
         """Keyword arguments of `open_vae`."""
         tiling = {
             "mode": self.tiling,
-            "max_memory_bytes": self.max_memory_bytes,
+            "max_memory_bytes": None if self.max_memory is None else parse_bytes(self.max_memory),
             "tile_size_px": self.tile_size,
             "overlap": self.tile_overlap,
         }

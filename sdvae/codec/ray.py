@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
-from sdvae.codec.cache_writer import CacheWriter
 from sdvae.codec.engine import CodecTally, carry_out
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import EncodeOptions
@@ -71,13 +70,12 @@ class BlockWorker:
     def _encode(self, jobs: tuple[Item, ...]) -> _BlockResult | SdvaeError:
         if self.vae is None:
             return self.error or SdvaeError("the worker has no VAE")
-        writer = CacheWriter(self.out, self.options.format, jobs)
-        encoder = ImageEncoder(out=self.out, options=self.options, vae=self.vae, record=self.expected, writer=writer)
+        encoder = ImageEncoder(self.out, self.options, self.vae, self.expected, jobs)
         try:
             tally = carry_out(encoder, Plan(items=jobs))
         except SdvaeError as error:  # the disk is full: this ends the run
             return error
-        return _BlockResult(tally=tally, written=writer.written, device=str(self.vae.device))
+        return _BlockResult(tally=tally, written=encoder.written, device=str(self.vae.device))
 
 
 def check_installed() -> None:

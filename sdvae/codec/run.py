@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from sdvae.checkpoints.opened import VaeRef, open_vae
-from sdvae.codec.cache_writer import CacheWriter
+from sdvae.checkpoints.opened import OpenedVae, VaeRef, open_vae
 from sdvae.codec.engine import carry_out
 from sdvae.codec.image_decoder import ImageDecoder
 from sdvae.codec.image_encoder import ImageEncoder
 from sdvae.codec.options import DecodeOptions, EncodeOptions, RunOptions
-from sdvae.codec.planning.decode import LatentSource, find_latents, plan_decode
 from sdvae.codec.planning.encode import check_format, plan_encode
+from sdvae.codec.planning.files import LatentSource, find_latents, plan_decode
 from sdvae.codec.planning.plan import Plan
 from sdvae.codec.reports import DecodeReport, EncodeReport, join_reports
 from sdvae.data.batches import OnProgress
@@ -35,7 +34,7 @@ from sdvae.latents.parts import WHOLE, Part
 from sdvae.model.scale import LatentScale
 from sdvae.processes import Processes, count_processes, join_processes
 
-__all__ = ["DecodeRun", "EncodeRun", "decode_folder", "encode_folder", "join_launched"]
+__all__ = ["DecodeRun", "EncodeRun", "decode_folder", "encode_folder", "join_launched", "vae_record"]
 
 Options = TypeVar("Options", bound=RunOptions)
 
@@ -68,15 +67,9 @@ class EncodeRun:
         self._ref = vae
         self.vae = open_vae(vae, **self.options.opening | ({"device": "cpu"} if self._on_ray else {}))
         check_format(self.options, self.vae)
-        record = VaeRecord.of(self.vae)
+        record = vae_record(self.vae)
         self.plan = plan_encode(images, self.out, self.options, record)
-        self.encoder = ImageEncoder(
-            out=self.out,
-            options=self.options,
-            vae=self.vae,
-            record=record,
-            writer=CacheWriter(self.out, self.options.format, self.plan.jobs),
-        )
+        self.encoder = ImageEncoder(self.out, self.options, self.vae, record, self.plan.jobs)
 
     def plan_of_all(self) -> Plan:
         return Plan.joined(self.processes.gather(self.plan))
@@ -88,7 +81,7 @@ class EncodeRun:
         listing = CacheListing(self.out, self.options.format, self.options.part)
         outputs = [item.output for item in self.plan.items if item.action != "fail"]
         listing.begin(outputs, replaced=[job.output for job in self.plan.jobs])
-        written = self.encoder.writer.written
+        written = self.encoder.written
         try:
             if self._on_ray:
                 from sdvae.codec.ray import encode_on_ray
@@ -135,7 +128,7 @@ class DecodeRun:
         self.out = Path(out)
         files = find_latents(latents) if isinstance(latents, (str, Path)) else latents
         self.vae = open_vae(vae, **self.options.opening)
-        record = VaeRecord.of(self.vae)
+        record = vae_record(self.vae)
         self.plan = plan_decode(files, self.out, self.options, record)
         self.decoder = ImageDecoder(out=self.out, options=self.options, vae=self.vae, record=record)
 
@@ -191,6 +184,24 @@ def decode_folder(
     return DecodeRun(latents, out, vae, options).run(on_progress)
 
 
+def vae_record(vae: OpenedVae) -> VaeRecord:
+    """What latent files say of a VAE."""
+    execution = vae.model.execution
+    blended = execution.tiling == "blended"
+    return VaeRecord(
+        name=vae.name,
+        digest=vae.digest,
+        dtype=str(vae.dtype).removeprefix("torch."),
+        spatial_compression_ratio=vae.spatial_compression_ratio,
+        scaling_factor=vae.scale.scaling_factor,
+        shift_factor=vae.scale.shift_factor,
+        latents_mean=vae.scale.latents_mean,
+        latents_std=vae.scale.latents_std,
+        tile_size_px=execution.tile_sample_min_size if blended else None,
+        tile_overlap=execution.tile_overlap_factor if blended else None,
+    )
+
+
 def join_launched(options: Options) -> tuple[Processes, Options]:
     """Meet the other processes that the same launcher started, each with its part and its CUDA device.
 
@@ -198,17 +209,17 @@ def join_launched(options: Options) -> tuple[Processes, Options]:
     Raises: ConfigError if the options divide the work already, or the launcher does not say where to meet.
     """
     count = count_processes()
-    if count > 1 and options.shard is not None:
+    if count == 1:
+        return Processes(), options
+    if options.shard is not None:
         raise ConfigError(
             f"shard is '{options.shard}', but a launcher started {count} processes (WORLD_SIZE), which divide the "
             "images among themselves: leave out --shard, or start one process"
         )
-    if count > 1 and isinstance(options, EncodeOptions) and options.engine != "local":
+    if isinstance(options, EncodeOptions) and options.engine != "local":
         raise ConfigError(f"engine is {options.engine}, which starts its workers itself: run it without a launcher")
     processes = join_processes(options.device)
-    if count > 1:
-        options = replace(options, shard=str(Part(processes.rank + 1, count)))
-    return processes, options
+    return processes, replace(options, shard=str(Part(processes.rank + 1, count)))
 
 
 def _prepare_folder(plan: Plan, out: Path) -> None:

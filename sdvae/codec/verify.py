@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, VaeRef
-from sdvae.codec.manifest_check import bytes_differ, common_settings, item_differs, settings_differ
 from sdvae.codec.reencoding import Reencoding, StoredLatent, open_recorded_vae, reencode, short_digest
-from sdvae.codec.verify_report import Problem, VerifyReport
 from sdvae.data.images import PREPROCESSING_VERSION
-from sdvae.data.sources.files import reason_without_path
+from sdvae.data.sources.files import file_digest, reason_without_path
 from sdvae.data.sources.find import ImagesByKey
 from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.latents import kohya
@@ -40,6 +40,46 @@ from sdvae.latents.registry import FORMATS
 __all__ = ["Problem", "VerifyReport", "verify_cache"]
 
 OnProgress = Callable[[int, int], None]  # files and re-encodings done, and to do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that is not as it should be."""
+
+    file: str | None  # path below the cache; None where it is the cache as a whole
+    key: str | None  # of the latent, where it is one of them
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was found."""
+
+    cache: str
+    format: str
+    has_manifest: bool
+    num_files: int  # in the folder
+    num_items: int  # that could be read
+    size_bytes: int
+    vae: str | None  # of the first latent, as it was called when the cache was made
+    vae_digest: str | None
+    store: str | None
+    latent_dtype: str | None
+    problems: tuple[Problem, ...]
+    reencoded: tuple[Reencoding, ...]
+    warnings: tuple[str, ...]  # what could not be checked
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0: all is right; 3: there are problems."""
+        return 3 if self.problems else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        reencoded = [asdict(each) | {"ok": each.ok, "difference": _finite(each.difference)} for each in self.reencoded]
+        data = {"command": "verify"} | asdict(self) | {"reencoded": reencoded}
+        return data | {"num_problems": len(self.problems), "exit_code": self.exit_code}
 
 
 def verify_cache(
@@ -74,7 +114,7 @@ def verify_cache(
     check = _Check(out, random.Random(seed), sample if images is not None else 0)
     manifest = check.open_manifest()
     format = manifest.format if manifest else _format_of(out)
-    expected = common_settings(manifest) if manifest else None
+    expected = _common_settings(manifest) if manifest else None
     sources = None
     if images is not None:
         sources = ImagesByKey(images, split=split, subset=subset, image_column=image_column)
@@ -153,7 +193,7 @@ class _Check:
             self.add(MANIFEST_NAME, reason_without_path(error, self.out / MANIFEST_NAME))
             self.warnings.append("the manifest cannot be read: digests not checked, and lost files not seen")
             return None
-        self.settings = common_settings(manifest)
+        self.settings = _common_settings(manifest)
         return manifest
 
     def file(self, name: str, format: str, listed: ManifestFile | None, manifest: Manifest | None) -> None:
@@ -165,7 +205,7 @@ class _Check:
             return self.add(name, "in the manifest, but not in the folder")
         if manifest and listed is None:
             self.add(name, "not in the manifest: put here by something else, or by a run that did not end")
-        if listed and (reason := bytes_differ(path, listed)):
+        if listed and (reason := _bytes_differ(path, listed)):
             self.add(name, reason)
         self._items(name, format, listed, manifest)
 
@@ -207,10 +247,10 @@ class _Check:
         self._keys[key, place] = item.file
         settings = CacheSettings.of(item.header)
         self.settings = self.settings or settings
-        if reason := settings_differ(item.header, self.settings):
+        if reason := _settings_differ(item.header, self.settings):
             self.add(item.file, reason, key)
         if listed and index < len(listed.items):
-            if reason := item_differs(item, listed, index):
+            if reason := _item_differs(item, listed, index):
                 self.add(item.file, reason, key)
             if settings.digest not in listed.settings:
                 self.add(item.file, "its header does not say what the manifest says of VAE and options", key)
@@ -292,3 +332,51 @@ def _readable(out: Path, format: str) -> Iterator[LatentHeader]:
 def _first_settings(out: Path, format: str) -> CacheSettings | None:
     header = next(_readable(out, format), None)
     return None if header is None else CacheSettings.of(header)
+
+
+# ------------------------------------------------------------------------------------------------- comparisons
+
+
+def _bytes_differ(path: Path, listed: ManifestFile) -> str | None:
+    """By size, then by digest; None where they are those of the manifest. Raises: OSError."""
+    size = path.stat().st_size
+    if size != listed.size_bytes:
+        return f"has {size} bytes; the manifest says {listed.size_bytes}"
+    if (digest := file_digest(path)) != listed.digest:
+        return f"its bytes changed: {short_digest(digest)}; the manifest says {short_digest(listed.digest)}"
+    return None
+
+
+def _item_differs(item: StoredLatent, listed: ManifestFile, index: int) -> str | None:
+    """What the manifest says otherwise of a latent."""
+    source, entry = item.header.source, listed.items[index]
+    if source.key != entry.key:
+        return f"the manifest has {entry.key!r} here"
+    found = (source.digest, source.width, source.height, tuple(next(iter(item.tensors.values())).shape))
+    said = (entry.source_digest, entry.source_width, entry.source_height, entry.shape)
+    names = ("source_digest", "source_width", "source_height", "shape")
+    wrong = [f"{name} {a}, in the manifest {b}" for name, a, b in zip(names, found, said, strict=True) if a != b]
+    return "; ".join(wrong) or None
+
+
+def _settings_differ(header: LatentHeader, expected: CacheSettings) -> str | None:
+    """What decides a latent differently from the rest of the cache; what the VAE was called does not count."""
+    found = CacheSettings.of(header)
+    found = replace(found, vae=replace(found.vae, name=expected.vae.name))
+    if not found.preprocessing.differs_for(header.source, expected.preprocessing):
+        found = replace(found, preprocessing=expected.preprocessing)
+    if found.vae.digest != expected.vae.digest:
+        digests = [short_digest(settings.vae.digest) for settings in (found, expected)]
+        return f"made by another VAE than the rest: {digests[0]}, not {digests[1]}"
+    differing = [name for name in CacheSettings.__dataclass_fields__ if getattr(found, name) != getattr(expected, name)]
+    return f"made with other settings than the rest: {', '.join(differing)}" if differing else None
+
+
+def _common_settings(manifest: Manifest) -> CacheSettings | None:
+    """The settings of the most files; the first of those that tie."""
+    counts = Counter(digest for file in manifest.files.values() for digest in file.settings)
+    return manifest.settings[max(counts, key=lambda digest: counts[digest])] if counts else None
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None

@@ -16,8 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import SdvaeError
@@ -30,11 +29,11 @@ __all__ = [
     "Named",
     "OnProgress",
     "Tally",
-    "WriteBehind",
     "compute_batches",
     "default_workers",
     "group_by_shape",
     "read_ahead",
+    "write_behind",
 ]
 
 
@@ -227,44 +226,42 @@ def group_by_shape(
     yield from waiting.values()
 
 
-class WriteBehind(Generic[Job]):
-    """Writes in threads while the caller computes; a context manager.
+def write_behind(
+    computed: Generator[tuple[Sequence[AnyMember], Iterable[Result]], None, None],
+    write: Callable[[AnyMember, Result], None],
+    workers: int,
+) -> Generator[tuple[AnyMember, Exception | None], None, None]:
+    """Write results in threads while the next batches are computed.
 
-    Leaving it normally waits for all writes. Leaving it with an exception finishes the writes that have begun and
-    drops the rest.
+    computed: as `compute_batches` gives it, with a result for each member. Yields: each member once it is written, in
+    their order, with the exception of `write` if there was one.
+    Close the generator to stop early: writes that have begun are finished, the others are dropped, as where `computed`
+    raises.
     """
-
-    def __init__(self, workers: int, on_done: Callable[[Job, Exception | None], None]) -> None:
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sdvae-write")
-        self._pending: deque[tuple[Job, Future[None]]] = deque()
-        self._pixels: deque[int] = deque()
-        self._limit = 2 * workers
-        self._on_done = on_done  # called in the caller's thread, in the order of submission
-
-    def submit(self, job: Job, write: Callable[[], None], pixels: int) -> None:
-        """Queue a write; waits while the queue is full."""
-        while self._pending and (len(self._pending) >= self._limit or sum(self._pixels) + pixels > QUEUE_PIXELS):
-            self._finish_first()
-        self._pending.append((job, self._pool.submit(write)))
-        self._pixels.append(pixels)
-
-    def _finish_first(self) -> None:
-        self._pixels.popleft()
-        job, future = self._pending.popleft()
-        result = _result_or_error(future)
-        self._on_done(job, result)
-
-    def __enter__(self) -> WriteBehind[Job]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    pending: deque[tuple[AnyMember, int, Future[None]]] = deque()  # with the pixels of the image
+    with closing(computed), ThreadPoolExecutor(workers, thread_name_prefix="sdvae-write") as pool:
         try:
-            while kind is None and self._pending:
-                self._finish_first()
+            for members, results in computed:
+                for member, result in zip(members, results, strict=True):
+                    pixels = math.prod(member.size_px)
+                    while pending and (
+                        len(pending) >= 2 * workers or sum(each[1] for each in pending) + pixels > QUEUE_PIXELS
+                    ):
+                        yield _finished(*pending.popleft())
+                    pending.append((member, pixels, pool.submit(write, member, result)))
+            while pending:
+                yield _finished(*pending.popleft())
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            for _, _, future in pending:
+                future.cancel()
+
+
+def _finished(member: AnyMember, pixels: int, writing: Future[None]) -> tuple[AnyMember, Exception | None]:
+    try:
+        writing.result()
+    except Exception as error:
+        return member, error
+    return member, None
 
 
 def _result_or_error(future: Future[Loaded]) -> Loaded | Exception:

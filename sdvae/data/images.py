@@ -39,6 +39,7 @@ __all__ = [
     "Pixels",
     "Place",
     "ReadImage",
+    "image_bytes",
     "image_to_x",
     "read_image",
     "read_image_bytes",
@@ -204,16 +205,40 @@ def round_to_8_bits(recon: Tensor) -> Tensor:
 
 
 def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) -> None:
-    """Write (H, W, 3) uint8 as .png, .webp, .jpg or .jpeg.
+    """Write (H, W, 3) uint8 as .png, .webp, .jpg or .jpeg; quality and errors as of `image_bytes`.
+
+    The file appears under its name complete or not at all.
+    Raises: OSError as it comes, when the disk is full or the folder missing for example.
+    """
+    data = image_bytes(pixels, Path(path), quality)
+    Path(path).parent.stat()  # a wrong path is not to make folders
+    write_atomic(data, Path(path))
+
+
+def image_bytes(pixels: Pixels, path: Path, quality: int | None = None, exif: Image.Exif | None = None) -> bytes:
+    """(H, W, 3) uint8 as the bytes of a file with the suffix of `path`: .png, .webp, .jpg or .jpeg.
 
     quality: 1 to 100. None: WebP without loss, JPEG at 95; JPEG always keeps the full colour resolution (4:4:4).
     PNG has no quality.
-    The file appears under its name complete or not at all.
     Raises: ConfigError for another suffix or a quality that does not fit; ImageError where the format cannot hold
-    the size; OSError as it comes, when the disk is full or the folder missing for example.
+    the size.
     """
-    path = Path(path)
-    options = _save_options(path, quality)
+    suffix = path.suffix.lower()
+    if quality is not None and (suffix == ".png" or not 1 <= quality <= 100):
+        raise ConfigError(f"{path.name}: quality {quality}: expected 1 to 100, and none for .png, which is lossless")
+    options: dict[str, Any] = {} if exif is None else {"exif": exif}
+    if suffix == ".png":
+        # Level 1 takes a third of the time of Pillow's level 6 for 1 % larger photographs.
+        options |= {"format": "PNG", "compress_level": 1}
+    elif suffix == ".webp" and quality is None:
+        # Method 0 takes the time of such a PNG for three quarters of its size; higher ones gain 8 % for 10 times that.
+        options |= {"format": "WEBP", "lossless": True, "method": 0, "quality": 50}
+    elif suffix == ".webp":
+        options |= {"format": "WEBP", "quality": quality}
+    elif suffix in (".jpg", ".jpeg"):
+        options |= {"format": "JPEG", "quality": 95 if quality is None else quality, "subsampling": 0}
+    else:
+        raise ConfigError(f"{path.name}: cannot write '{suffix}': expected .png, .webp, .jpg or .jpeg")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"expected (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
     height, width = pixels.shape[:2]
@@ -222,25 +247,7 @@ def save_image(pixels: Pixels, path: str | Path, *, quality: int | None = None) 
         raise ImageError(f"{path}: {width} x {height} px, but {options['format']} ends at {limit}: write .png instead")
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, **options)
-    path.parent.stat()  # a wrong path is not to make folders
-    write_atomic(buffer.getvalue(), path)
-
-
-def _save_options(path: Path, quality: int | None) -> dict[str, Any]:
-    suffix = path.suffix.lower()
-    if quality is not None and (suffix == ".png" or not 1 <= quality <= 100):
-        raise ConfigError(f"{path.name}: quality {quality}: expected 1 to 100, and none for .png, which is lossless")
-    if suffix == ".png":
-        # Level 1 takes a third of the time of Pillow's level 6 for 1 % larger photographs.
-        return {"format": "PNG", "compress_level": 1}
-    if suffix == ".webp" and quality is None:
-        # Method 0 takes the time of such a PNG for three quarters of its size; higher ones gain 8 % for 10 times that.
-        return {"format": "WEBP", "lossless": True, "method": 0, "quality": 50}
-    if suffix == ".webp":
-        return {"format": "WEBP", "quality": quality}
-    if suffix in (".jpg", ".jpeg"):
-        return {"format": "JPEG", "quality": 95 if quality is None else quality, "subsampling": 0}
-    raise ConfigError(f"{path.name}: cannot write '{suffix}': expected .png, .webp, .jpg or .jpeg")
+    return buffer.getvalue()
 
 
 # What the words of users mean, and refusals.

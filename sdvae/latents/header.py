@@ -13,16 +13,15 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from sdvae.errors import LatentFileError
 
-if TYPE_CHECKING:
-    from sdvae.checkpoints.opened import OpenedVae
-
 __all__ = [
+    "ArrayItem",
     "FORMAT",
     "FORMAT_VERSION",
     "LATENT_SUFFIX",
@@ -39,6 +38,7 @@ __all__ = [
     "is_latent_file",
     "parse_header",
     "read_header",
+    "reason_of",
 ]
 
 T = TypeVar("T")
@@ -96,24 +96,6 @@ class VaeRecord:
     latents_std: tuple[float, ...] | None = None
     tile_size_px: int | None = None  # of blended tiling, which changes what comes out; None: the result of one pass
     tile_overlap: float | None = None  # share of a tile
-
-    @classmethod
-    def of(cls, vae: OpenedVae) -> VaeRecord:
-        model: Any = vae.model
-        execution = model.execution
-        blended = execution.tiling == "blended"
-        return cls(
-            name=vae.name,
-            digest=vae.digest,
-            dtype=vae.dtype_name,
-            spatial_compression_ratio=vae.spatial_compression_ratio,
-            scaling_factor=vae.scale.scaling_factor,
-            shift_factor=vae.scale.shift_factor,
-            latents_mean=vae.scale.latents_mean,
-            latents_std=vae.scale.latents_std,
-            tile_size_px=execution.tile_sample_min_size if blended else None,
-            tile_overlap=execution.tile_overlap_factor if blended else None,
-        )
 
     @property
     def computation(self) -> str:
@@ -216,6 +198,9 @@ class LatentHeader:
         return {"format": FORMAT, "sdvae": json.dumps(self.to_json())}  # ASCII: a name may hold no UTF-8
 
 
+ArrayItem = tuple[LatentHeader, dict[str, NDArray[Any]]]  # a latent: what a file says of it, and its arrays (C, h, w)
+
+
 def from_json_strict(kind: type[T], data: Any) -> T:
     """A dataclass from its JSON object, strictly typed. Raises: ValueError, which names the field."""
     return cast(T, _build(kind, data, ""))
@@ -231,7 +216,7 @@ def read_header(path: Path) -> LatentHeader:
         with safe_open(path, framework="numpy") as file:  # checks that the file is as long as its header says
             metadata, names = file.metadata(), set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise LatentFileError(f"{path}: cannot be read as a latent file: {_reason(error)}") from error
+        raise LatentFileError(f"{path}: cannot be read as a latent file: {reason_of(error)}") from error
     header = _parse_metadata(metadata, path)
     if names != set(TENSOR_NAMES[header.space]):
         expected = " and ".join(TENSOR_NAMES[header.space])
@@ -311,7 +296,8 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     raise ValueError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, without its name: that of an OSError stands in its text."""
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 

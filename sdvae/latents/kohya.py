@@ -24,7 +24,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from sdvae.errors import LatentFileError
-from sdvae.latents.header import TENSOR_NAMES, LatentHeader, Size, parse_header
+from sdvae.latents.header import TENSOR_NAMES, ArrayItem, LatentHeader, Size, parse_header, reason_of
 
 __all__ = [
     "CHANNELS",
@@ -117,13 +117,13 @@ def has_flipped(path: Path) -> bool:
         return "latents_flipped" in npz.files
 
 
-def read_arrays(path: Path) -> tuple[LatentHeader, dict[str, NDArray[Any]]]:
+def read_arrays(path: Path) -> ArrayItem:
     """The header, and the arrays that `header.space` names. Raises: LatentFileError."""
     header, arrays = read_all(path)
     return header, {name: arrays[name] for name in TENSOR_NAMES[header.space]}
 
 
-def read_all(path: Path) -> tuple[LatentHeader, dict[str, NDArray[Any]]]:
+def read_all(path: Path) -> ArrayItem:
     """The header, and all arrays: those of `read_arrays`, those for the trainers, and what others added.
 
     Raises: LatentFileError, also for `latents` or `latents_flipped` with values that are not finite.
@@ -154,8 +154,7 @@ def _opened(path: Path) -> Iterator[NpzFile]:
                 raise ValueError("is no .npz file")
             yield npz
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise LatentFileError(f"{path}: cannot be read as a latent file: {reason}") from error
+        raise LatentFileError(f"{path}: cannot be read as a latent file: {reason_of(error)}") from error
 
 
 def _header(npz: NpzFile, path: Path) -> LatentHeader:

@@ -55,16 +55,14 @@ class CacheListing:
         own, withdrawn = self.out / manifest_name(self.part), self.out / _WITHDRAWN_NAME
         # From here on the lines of runs that were divided otherwise are this run's; those of parts beside it are not.
         others = [path for part, path in manifests.items() if part.count != self.part.count]
-        files: list[Path] = []
-        if lost or others:
-            files = self._own_files() if self.part != WHOLE else FORMATS[self.format].find_files(self.out)
         known = [own] if own.is_file() and not others else [withdrawn, *others, own, self.out / MANIFEST_NAME]
         self._known = read_lines(dict.fromkeys(known))
         self._known.format = self.format
         if lost or others:
-            kept = {self._relative(path) for path in files} - lost
-            true = {path for path in kept & self._known.files.keys() if self._known.files[path].is_unchanged(self.out)}
-            kept_lines = self._known.only(true)
+            kept = [
+                path for path, line in self._known.files.items() if path not in lost and self._is_own(self.out / path)
+            ]
+            kept_lines = self._known.only(path for path in kept if self._known.files[path].is_unchanged(self.out))
             kept_lines.state = self._state(complete=False)
             kept_lines.write(self.out)
         if lost and self.part != WHOLE:
@@ -88,11 +86,14 @@ class CacheListing:
 
     def _own_files(self) -> list[Path]:
         """The files that this run's manifest lists: all, or those of its part."""
+        if self.part == WHOLE or FORMATS[self.format].is_sharded:
+            return [path for path in FORMATS[self.format].find_files(self.out) if self._is_own(path)]
+        return sorted(path for path in self._outputs if path.is_file())  # the whole folder may be many times as large
+
+    def _is_own(self, path: Path) -> bool:
         if self.part == WHOLE:
-            return FORMATS[self.format].find_files(self.out)
-        if FORMATS[self.format].is_sharded:
-            return [path for path in FORMATS[self.format].find_files(self.out) if part_of_shard(path) == self.part]
-        return sorted(path for path in self._outputs if path.is_file())
+            return True
+        return part_of_shard(path) == self.part if FORMATS[self.format].is_sharded else path in self._outputs
 
     def _delete_renamed(self, written: Manifest) -> None:
         """Delete what an earlier run wrote for an image that has another size now, and so another name."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from sdvae._version import __version__
 from sdvae.errors import LatentFileError
 from sdvae.files import write_atomic
-from sdvae.latents.header import LatentHeader, Preprocessing, VaeRecord, from_json_strict
+from sdvae.latents.header import LatentHeader, Preprocessing, VaeRecord, from_json_strict, reason_of
 from sdvae.latents.parts import WHOLE, Part
 
 __all__ = [
@@ -173,7 +173,7 @@ class Manifest:
         for digest, settings in other.settings.items():
             self.settings.setdefault(digest, settings)
 
-    def only(self, paths: Collection[str]) -> Manifest:
+    def only(self, paths: Iterable[str]) -> Manifest:
         """The lines of these files, sorted, and the settings that they have."""
         files = {path: self.files[path] for path in sorted(self.files.keys() & set(paths))}
         used = {digest: self.settings[digest] for file in files.values() for digest in file.settings}
@@ -215,7 +215,9 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeError) as error:
-        raise LatentFileError(f"{path}: cannot be read as the manifest of a latent cache: {_reason(error)}") from error
+        raise LatentFileError(
+            f"{path}: cannot be read as the manifest of a latent cache: {reason_of(error)}"
+        ) from error
     header = _parse_header(lines[0] if lines else "", path)
     try:
         settings, names = _settings(header)
@@ -267,7 +269,9 @@ def read_state(path: Path) -> tuple[str, PartState] | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeError) as error:
-        raise LatentFileError(f"{path}: cannot be read as the manifest of a latent cache: {_reason(error)}") from error
+        raise LatentFileError(
+            f"{path}: cannot be read as the manifest of a latent cache: {reason_of(error)}"
+        ) from error
     header = _parse_header(line, path)
     try:
         return str(header["format"]), _state(header)
@@ -332,5 +336,5 @@ def _plain(record: VaeRecord | Preprocessing | None) -> dict[str, Any] | None:
     return None if record is None else asdict(record)
 
 
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+def _unreadable(path: Path, error: Exception) -> LatentFileError:
+    return LatentFileError(f"{path}: cannot be read as the manifest of a latent cache: {reason_of(error)}")

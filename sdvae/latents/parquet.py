@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdvae.errors import ConfigError, LatentFileError
-from sdvae.latents.header import TENSOR_NAMES, LatentHeader, parse_header
+from sdvae.latents.header import TENSOR_NAMES, ArrayItem, LatentHeader, parse_header
 
 if TYPE_CHECKING:
     import pyarrow
 
 __all__ = ["check_installed", "file_name", "is_file_name", "read_headers", "read_items", "to_bytes"]
-
-CacheItem = tuple[LatentHeader, dict[str, NDArray[Any]]]
 
 _ROW_GROUP = 100  # rows: what a reader of single rows has to load
 _FACTS = {  # beside the arrays; a number is None for a shift_factor that the VAE does not have
@@ -60,7 +57,7 @@ def is_file_name(name: str) -> bool:
     return re.fullmatch(r"part-(\d+-of-\d+-)?\d{6,}\.parquet", name) is not None
 
 
-def to_bytes(items: Sequence[CacheItem]) -> bytes:
+def to_bytes(items: Sequence[ArrayItem]) -> bytes:
     """The shard, rows in the order of the items, which all have the same space and dtype."""
     import pyarrow.parquet as pq
 
@@ -87,7 +84,7 @@ def read_headers(path: Path) -> list[LatentHeader]:
     return headers
 
 
-def read_items(path: Path) -> Iterator[CacheItem]:
+def read_items(path: Path) -> Iterator[ArrayItem]:
     """Headers and arrays, one by one. Raises: LatentFileError, also where a column contradicts the header."""
     for table in _row_groups(path, None):
         facts = {name: table[name].to_pylist() if name in table.column_names else None for name in _FACTS}
@@ -125,7 +122,7 @@ def _row_groups(path: Path, columns: list[str] | None) -> Iterator[pyarrow.Table
         raise LatentFileError(f"{path}: cannot be read as a shard of latents: {error}") from error
 
 
-def _table(items: Sequence[CacheItem], names: Sequence[str], schema: pyarrow.Schema) -> pyarrow.Table:
+def _table(items: Sequence[ArrayItem], names: Sequence[str], schema: pyarrow.Schema) -> pyarrow.Table:
     import pyarrow as pa
 
     facts = [_facts(header) for header, _ in items]

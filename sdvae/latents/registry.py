@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sdvae.errors import ConfigError, LatentFileError
-from sdvae.latents import kohya, parquet, webdataset
-from sdvae.latents.header import LATENT_SUFFIX, LatentHeader, read_header
-from sdvae.latents.manifest import MANIFEST_NAME, find_part_manifests, read_state
+from sdvae.latents import kohya, parquet, safetensors, webdataset
+from sdvae.latents.header import LATENT_SUFFIX, ArrayItem, LatentHeader, read_header
 from sdvae.latents.parts import WHOLE, Part
-from sdvae.latents.safetensors import LatentFile, check_tensors
 
-__all__ = ["FORMATS", "CacheFormat", "TensorItem", "check_output_folder", "part_of_shard"]
-
-TensorItem = tuple[LatentHeader, Mapping[str, Tensor]]
-ArrayItem = tuple[LatentHeader, dict[str, NDArray[Any]]]
+__all__ = ["FORMATS", "CacheFormat", "part_of_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +29,9 @@ class CacheFormat:
 
     is_file_name: Callable[[str], bool]
     read_headers: Callable[[Path], list[LatentHeader]]  # in the order of the file; raises LatentFileError
-    read_arrays: Callable[[Path], Iterator[ArrayItem]]
+    read_arrays: Callable[[Path], Iterator[tuple[LatentHeader, dict[str, Any]]]]  # of numpy or torch
+    # A file; the formats that have a file for each image take one item. The arrays are those that `header.space` names,
+    # and for kohya-npz `latents` and perhaps `latents_flipped`.
     to_bytes: Callable[[Sequence[ArrayItem]], bytes]
     name_of_shard: Callable[[int, str], str] | None = None  # None: a file for each image
 
@@ -57,7 +53,7 @@ class CacheFormat:
 
     def is_in(self, out: Path) -> bool:
         """Whether a file of this format lies in a folder."""
-        for path in self._walk(out):
+        for path in self.find_files(out):
             try:
                 self.read_headers(path)
                 return True
@@ -77,15 +73,8 @@ class CacheFormat:
                     raise LatentFileError(
                         f"{path}: damaged latent file: {name} is {tensor.dtype}; its header says {header.latent_dtype}"
                     )
-            check_tensors(header, tensors, path)
+            safetensors.check_tensors(header, tensors, path)
             yield header, tensors
-
-    def encode(self, items: Sequence[TensorItem]) -> bytes:
-        """A file; the formats that have a file for each image take one item.
-
-        The tensors are those that `header.space` names, and for kohya-npz `latents` and perhaps `latents_flipped`.
-        """
-        return self.to_bytes([(header, {name: t.numpy() for name, t in tensors.items()}) for header, tensors in items])
 
     def _walk(self, out: Path) -> Iterator[Path]:
         for folder, subfolders, names in os.walk(out):
@@ -93,22 +82,12 @@ class CacheFormat:
             yield from (Path(folder, name) for name in names if self.is_file_name(name) and not name.startswith("."))
 
 
-def _latent_file(path: Path) -> Iterator[tuple[LatentHeader, dict[str, Any]]]:
-    file = LatentFile.read(path)
-    return iter([(file.header, dict(file.tensors))])
-
-
-def _latent_file_bytes(items: Sequence[ArrayItem]) -> bytes:
-    ((header, arrays),) = items
-    return LatentFile(header=header, tensors={n: torch.from_numpy(array) for n, array in arrays.items()}).to_bytes()
-
-
 FORMATS: dict[str, CacheFormat] = {
     "safetensors": CacheFormat(
         is_file_name=lambda name: name.endswith(LATENT_SUFFIX),
         read_headers=lambda path: [read_header(path)],
-        read_arrays=_latent_file,
-        to_bytes=_latent_file_bytes,
+        read_arrays=lambda path: iter([safetensors.read_tensors(path)]),
+        to_bytes=lambda items: safetensors.to_bytes(*items[0]),
     ),
     "kohya-npz": CacheFormat(
         is_file_name=kohya.is_file_name,
@@ -137,23 +116,3 @@ def part_of_shard(path: Path) -> Part:
     """The part of a run that `CacheFormat.shard_name` gave this name to."""
     match = re.search(r"-(\d+-of-\d+)-\d+\.", path.name)
     return (Part.from_name(match[1]) if match else None) or WHOLE
-
-
-def check_output_folder(out: Path, format: str, overwrite: bool) -> None:
-    """Raises: ConfigError if latents of this format cannot go into the folder: it holds another's, or is a file."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; expected a folder for the output")
-    try:
-        manifests = [out / MANIFEST_NAME, *find_part_manifests(out).values()] if out.is_dir() else []
-        found = next((state[0] for state in map(read_state, manifests) if state), None)
-    except LatentFileError as error:
-        if not overwrite:
-            raise ConfigError(f"{error}: it would be replaced; move it away, or give --overwrite") from error
-        found = None
-    if found is None:
-        found = next((name for name, each in FORMATS.items() if each.is_in(out)), None)
-    if found is not None and found != format:
-        raise ConfigError(
-            f"{out} holds latents of the format {found}; one folder takes one format: choose another for {format}, or "
-            f"delete its files and its {MANIFEST_NAME}"
-        )

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.numpy import save
+from safetensors.torch import load
 from torch import Tensor
 
 from sdvae.errors import LatentFileError
@@ -19,7 +22,7 @@ from sdvae.files import write_atomic
 from sdvae.latents.header import LatentHeader, read_header
 from sdvae.model.scale import LatentScale
 
-__all__ = ["LatentFile", "check_finite", "check_tensors"]
+__all__ = ["LatentFile", "check_finite", "check_tensors", "read_tensors", "to_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,25 +58,28 @@ class LatentFile:
         Raises: LatentFileError for values that are not finite; OSError.
         """
         check_finite(self.header, self.tensors, Path(path))
-        write_atomic(self.to_bytes(), Path(path))
-
-    def to_bytes(self) -> bytes:
-        """The file as `write` writes it."""
-        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        data: bytes = save(contiguous, metadata=self.header.to_metadata())
-        return data
+        write_atomic(to_bytes(self.header, {name: t.numpy() for name, t in self.tensors.items()}), Path(path))
 
     @classmethod
     def read(cls, path: str | Path) -> LatentFile:
         """Read a file that `write` wrote. Raises: LatentFileError, which names the file and the reason."""
-        path = Path(path)
-        header = read_header(path)
-        try:
-            tensors = load(path.read_bytes())  # not by name: safetensors opens no path that is not UTF-8 for torch
-        except (OSError, SafetensorError) as error:
-            raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
-        check_tensors(header, tensors, path)
+        header, tensors = read_tensors(Path(path))
+        check_tensors(header, tensors, Path(path))
         return cls(header=header, tensors=tensors)
+
+
+def to_bytes(header: LatentHeader, arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The file. arrays: those that `header.space` names, (C, h, w), float16 or float32."""
+    return save(dict(arrays), metadata=header.to_metadata())
+
+
+def read_tensors(path: Path) -> tuple[LatentHeader, dict[str, Tensor]]:
+    """What a file holds, unchecked but for the names. Raises: LatentFileError."""
+    header = read_header(path)
+    try:
+        return header, load(path.read_bytes())  # not by name: safetensors opens no path that is not UTF-8 for torch
+    except (OSError, SafetensorError) as error:
+        raise LatentFileError(f"{path}: cannot be read as a latent file: {error}") from error
 
 
 def check_finite(header: LatentHeader, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -21,11 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvae.errors import LatentFileError
-from sdvae.latents.header import TENSOR_NAMES, LatentHeader, parse_header
+from sdvae.latents.header import TENSOR_NAMES, ArrayItem, LatentHeader, parse_header, reason_of
 
 __all__ = ["escape_key", "file_name", "is_file_name", "read_headers", "read_items", "to_bytes"]
-
-CacheItem = tuple[LatentHeader, dict[str, NDArray[Any]]]
 
 _JSON = ".json"
 
@@ -46,7 +44,7 @@ def escape_key(key: str) -> str:
     return re.sub(r"(^|/)__", r"\1%5F_", escaped)  # webdataset passes over __names__ that look like its own
 
 
-def to_bytes(items: Sequence[CacheItem]) -> bytes:
+def to_bytes(items: Sequence[ArrayItem]) -> bytes:
     """The shard, members in the order of the items."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -63,7 +61,7 @@ def read_headers(path: Path) -> list[LatentHeader]:
     return [_header(data, key, path) for key, name, data in _members(path, only=_JSON) if name == _JSON]
 
 
-def read_items(path: Path) -> Iterator[CacheItem]:
+def read_items(path: Path) -> Iterator[ArrayItem]:
     """Headers and arrays, one by one. Raises: LatentFileError."""
     header, arrays, current = None, dict[str, NDArray[Any]](), ""
     for key, name, data in _members(path):
@@ -111,8 +109,7 @@ def _members(path: Path, only: str = "") -> Iterator[tuple[str, str, bytes]]:
                     file = tar.extractfile(member)
                     yield folder + slash + stem, dot + rest, b"" if file is None else file.read()
     except (OSError, tarfile.TarError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise LatentFileError(f"{path}: cannot be read as a shard of latents: {reason}") from error
+        raise LatentFileError(f"{path}: cannot be read as a shard of latents: {reason_of(error)}") from error
 
 
 def _check_end(path: Path) -> None:

@@ -22,7 +22,8 @@ from sdvae.calibration.write import check_writable, write_calibration
 from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.notes import NOTES_FIELD, update_config
 from sdvae.checkpoints.opened import open_any_vae
-from sdvae.checkpoints.store import bundled_path, load_autoencoder
+from sdvae.checkpoints.read import bundled_path
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.data.images import image_to_x, read_image
 from sdvae.data.sources.files import file_digest
 from sdvae.data.sources.find import find_images

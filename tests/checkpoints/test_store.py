@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from sdvae import files
 from sdvae.checkpoints import read, store
 from sdvae.checkpoints.fit import autoencoder_digest
-from sdvae.checkpoints.store import load_autoencoder, load_network, save_autoencoder, to_diffusers
+from sdvae.checkpoints.read import load_network
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 

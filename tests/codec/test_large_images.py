@@ -45,7 +45,7 @@ def read(folder: Path) -> dict[str, LatentFile]:
 )
 def test_a_memory_size_is_read_as_people_write_it(size: int | str, expected: int) -> None:
     assert parse_bytes(size) == expected
-    assert RunOptions(max_memory=size).max_memory_bytes == expected
+    assert RunOptions(max_memory=size).opening["tiling"]["max_memory_bytes"] == expected
 
 
 @pytest.mark.parametrize("size", ["", "GB", "-1GB", "4 apples", "0", 0, "4GBB"])

@@ -26,11 +26,10 @@ from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec import ray as ray_engine
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.ray import BlockWorker, divide
-from sdvae.codec.run import EncodeRun, encode_folder
+from sdvae.codec.run import EncodeRun, encode_folder, vae_record
 from sdvae.codec.verify import verify_cache
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.latents.formats import CACHE_FORMATS
-from sdvae.latents.header import VaeRecord
 from sdvae.latents.manifest import read_manifest
 from sdvae.latents.registry import FORMATS
 from sdvae.model.autoencoder import AutoencoderKL
@@ -60,7 +59,8 @@ def latents(out: Path, format: str) -> dict[str, bytes]:
     items = [item for path in FORMATS[format].find_files(out) for item in FORMATS[format].read_items(path)]
     times = Counter(header.source.key for header, _ in items)
     assert [key for key, count in times.items() if count > 1] == []
-    return {header.source.key: FORMATS["webdataset"].encode([(header, tensors)]) for header, tensors in items}
+    arrays = [(header, {name: tensor.numpy() for name, tensor in tensors.items()}) for header, tensors in items]
+    return {item[0].source.key: FORMATS["webdataset"].to_bytes([item]) for item in arrays}
 
 
 def processes_with(name: str, value: str) -> list[psutil.Process]:
@@ -152,7 +152,7 @@ def test_blocks_done_apart_and_one_of_them_twice_are_what_one_run_writes(
     plan = EncodeRun(images, out, opened_vae, options).plan
     blocks = divide(plan.jobs, options, workers=2)
     assert len(blocks) > 4 and [job for block in blocks for job in block] == list(plan.jobs)
-    worker = BlockWorker(out, options, opened_vae, VaeRecord.of(opened_vae))
+    worker = BlockWorker(out, options, opened_vae, vae_record(opened_vae))
     results = worker({"block": [pickle.dumps(block) for block in (blocks[0], *blocks)]})["result"][1:]
     tallies = [pickle.loads(result).tally for result in results]
     assert sum(tally.done for tally in tallies) == 9
@@ -163,7 +163,7 @@ def test_blocks_done_apart_and_one_of_them_twice_are_what_one_run_writes(
 
 
 def test_a_worker_that_finds_another_vae_says_so_with_each_block(opened_vae: OpenedVae, tmp_path: Path) -> None:
-    expected = replace(VaeRecord.of(opened_vae), digest="sha256:0")
+    expected = replace(vae_record(opened_vae), digest="sha256:0")
     worker = BlockWorker(tmp_path, EncodeOptions(), opened_vae, expected)
     [result] = worker({"block": [pickle.dumps(())]})["result"]
     error = pickle.loads(result)

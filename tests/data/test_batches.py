@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from sdvae.data.batches import (
     WAITING_SHAPES,
     Member,
     Tally,
-    WriteBehind,
     compute_batches,
     group_by_shape,
     read_ahead,
+    write_behind,
 )
 from sdvae.data.sources.files import FileReason, ImageFile
 from sdvae.errors import ImageError, SdvaeError
@@ -92,41 +92,62 @@ def test_a_folder_of_many_shapes_does_not_pile_up() -> None:
     assert consumed == 999
 
 
+def numbers(count: int) -> Generator[tuple[list[Member], list[int]], None, None]:
+    """Batches of one, with their number as the result."""
+    for number in range(count):
+        yield [Member(ImageFile(str(number), Path(str(number))), torch.ones(1))], [number]
+
+
 def test_writes_are_reported_in_order_and_the_queue_is_bounded() -> None:
-    done: list[tuple[int, str]] = []
-    waiting = 0
+    done: list[tuple[str, str]] = []
+    begun = 0
     release = threading.Event()
 
-    def on_done(job: int, error: Exception | None) -> None:
-        done.append((job, repr(error)))
+    def computed() -> Generator[tuple[list[Member], list[int]], None, None]:
+        nonlocal begun
+        for batch in numbers(6):
+            begun += not release.is_set()
+            yield batch
 
-    def write(job: int) -> None:
+    def write(member: Member, number: int) -> None:
         release.wait(5)
-        if job == 2:
+        if number == 2:
             raise OSError("no")
 
-    with WriteBehind[int](2, on_done) as writer:
-        threading.Timer(0.2, release.set).start()
-        begin = time.perf_counter()
-        for job in range(6):
-            writer.submit(job, lambda job=job: write(job), pixels=1)  # type: ignore[misc]
-            waiting = job if time.perf_counter() - begin < 0.15 else waiting
-    assert waiting == 3  # of six, four fit in the queue of two workers
-    assert done == [(0, "None"), (1, "None"), (2, "OSError('no')"), (3, "None"), (4, "None"), (5, "None")]
+    threading.Timer(0.2, release.set).start()
+    for member, error in write_behind(computed(), write, workers=2):
+        done.append((member.job.key, repr(error)))
+    assert begun == 5  # of six, four fit in the queue of two workers, and one waits for its place
+    expected = ["None", "None", "OSError('no')", "None", "None", "None"]
+    assert done == [(str(number), error) for number, error in enumerate(expected)]
 
 
 def test_an_exception_drops_the_writes_that_have_not_begun() -> None:
     written: list[int] = []
 
-    def write(job: int) -> None:
-        time.sleep(0.05)
-        written.append(job)
-
-    with pytest.raises(KeyboardInterrupt), WriteBehind[int](1, lambda job, error: None) as writer:
-        for job in range(2):
-            writer.submit(job, lambda job=job: write(job), pixels=1)  # type: ignore[misc]
+    def computed() -> Generator[tuple[list[Member], list[int]], None, None]:
+        yield from numbers(2)
         raise KeyboardInterrupt
+
+    def write(member: Member, number: int) -> None:
+        time.sleep(0.05)
+        written.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(write_behind(computed(), write, workers=1))
     assert len(written) <= 1
+
+
+def test_closing_finishes_the_writes_that_have_begun() -> None:
+    written: list[int] = []
+
+    def write(member: Member, number: int) -> None:
+        time.sleep(0.01)
+        written.append(number)
+
+    with closing(write_behind(numbers(9), write, workers=1)) as results:
+        next(results)
+    assert written == list(range(len(written))) and 1 <= len(written) < 4
 
 
 class Network:

@@ -66,7 +66,8 @@ def latents(out: Path, format: str) -> dict[str, bytes]:
     items = [item for path in FORMATS[format].find_files(out) for item in FORMATS[format].read_items(path)]
     times = Counter(header.source.key for header, _ in items)
     assert [key for key, count in times.items() if count > 1] == []
-    return {header.source.key: FORMATS["webdataset"].encode([(header, tensors)]) for header, tensors in items}
+    arrays = [(header, {name: tensor.numpy() for name, tensor in tensors.items()}) for header, tensors in items]
+    return {item[0].source.key: FORMATS["webdataset"].to_bytes([item]) for item in arrays}
 
 
 def without_places(manifest: Manifest) -> Any:

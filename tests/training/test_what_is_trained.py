@@ -111,7 +111,7 @@ def test_a_run_of_another_architecture_is_not_resumed(make_config: Any) -> None:
 
 def photograph(path: Path) -> None:
     """A crop of a photograph of the package, at half size: edges, texture, colour."""
-    from sdvae.checkpoints.store import bundled_path
+    from sdvae.checkpoints.read import bundled_path
 
     source = sorted((bundled_path().parent / "photos").glob("*.jpg"))[int(path.stem)]
     with Image.open(source) as image:

@@ -52,7 +52,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import by_turns, call_child, cpu_name, num_cores, peak_bytes, reset_peak, versions, with_range
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints.opened import open_any_vae
-from sdvae.checkpoints.store import bundled_path
+from sdvae.checkpoints.read import bundled_path
 from sdvae.data.images import round_to_8_bits
 from sdvae.data.sources.find import find_images
 from sdvae.evaluation.images import prepare

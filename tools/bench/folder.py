@@ -80,7 +80,7 @@ def build_images(source: Path, out: Path, count: int) -> int:
 
 def build_model(config: str, out: Path) -> str:
     """Write the VAE as a diffusers folder: seeded random weights, but for mini the bundled ones."""
-    from sdvae.checkpoints.store import bundled_path
+    from sdvae.checkpoints.read import bundled_path
 
     if config == "mini":
         shutil.copytree(bundled_path(), out, ignore=shutil.ignore_patterns("*.png", "*.md"))

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdvae.codec.options import EncodeOptions
+from sdvae.codec.planning.files import plan_latent_files
 from sdvae.codec.planning.kohya import plan_kohya
-from sdvae.codec.planning.names import choose_names, latent_names, own_keys
-from sdvae.codec.planning.plan import OTHER_VAE, Plan, WhyStale, decide, header_or_error, item_of
+from sdvae.codec.planning.plan import OTHER_VAE, Plan
 from sdvae.codec.planning.shards import plan_shards
 from sdvae.data.images import JPEG_MARGIN, PREPROCESSING_VERSION
 from sdvae.data.sources.files import ImageFile
-from sdvae.errors import ConfigError, ImageError
+from sdvae.errors import ConfigError, ImageError, LatentFileError
 from sdvae.latents.header import LatentHeader, Preprocessing, VaeRecord
 from sdvae.latents.kohya import CHANNELS, RATIO
+from sdvae.latents.manifest import MANIFEST_NAME, find_part_manifests, read_state
 from sdvae.latents.parquet import check_installed
-from sdvae.latents.registry import FORMATS, check_output_folder
+from sdvae.latents.registry import FORMATS
 
 if TYPE_CHECKING:
     from sdvae.checkpoints.opened import OpenedVae
@@ -52,6 +53,26 @@ def check_format(options: EncodeOptions, vae: OpenedVae) -> None:
         raise ConfigError(f"size is {options.size}; kohya's buckets are multiples of {RATIO} px, most often of 64")
 
 
+def check_output_folder(out: Path, format: str, overwrite: bool) -> None:
+    """Raises: ConfigError if latents of this format cannot go into the folder: it holds another's, or is a file."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a folder for the output")
+    try:
+        manifests = [out / MANIFEST_NAME, *find_part_manifests(out).values()] if out.is_dir() else []
+        found = next((state[0] for state in map(read_state, manifests) if state), None)
+    except LatentFileError as error:
+        if not overwrite:
+            raise ConfigError(f"{error}: it would be replaced; move it away, or give --overwrite") from error
+        found = None
+    if found is None:
+        found = next((name for name, each in FORMATS.items() if each.is_in(out)), None)
+    if found is not None and found != format:
+        raise ConfigError(
+            f"{out} holds latents of the format {found}; one folder takes one format: choose another for {format}, or "
+            f"delete its files and its {MANIFEST_NAME}"
+        )
+
+
 def plan_encode(images: Sequence[ImageFile], out: Path, options: EncodeOptions, vae: VaeRecord) -> Plan:
     """What to encode, and into which file; of a part of a run, its own images and no others.
 
@@ -72,36 +93,7 @@ def plan_encode(images: Sequence[ImageFile], out: Path, options: EncodeOptions, 
         return plan_shards(images, out, options, why_other, why_stale)
     if options.format == "kohya-npz":
         return plan_kohya(images, out, options, why_stale)
-    return _plan_latent_files(images, out, options, why_stale)
-
-
-def _plan_latent_files(images: Sequence[ImageFile], out: Path, options: EncodeOptions, why_stale: WhyStale) -> Plan:
-    """Each file that is there is opened once, and only what the plan needs is kept of it: folders may be large."""
-    own = own_keys([image.key for image in images], options)
-    own_images = {image.key: image for image in images if image.key in own}
-    owners: dict[str, str | None] = {}  # by name of a latent file: the key of its image; None: no file, or not ours
-    stale: dict[str, str | None] = {}  # by name, of those that their own image may have
-
-    def owner(name: str) -> str | None:
-        if name not in owners:
-            header = header_or_error(out / name)
-            owners[name] = header.source.key if isinstance(header, LatentHeader) else None
-            if isinstance(header, LatentHeader) and (image := own_images.get(header.source.key)):
-                stale[name] = why_stale(header, image)
-        return owners[name]
-
-    names = choose_names([image.key for image in images], own, latent_names, owner)
-    items = []
-    for image in own_images.values():
-        name, reason = names[image.key], None
-        if is_ours := (owned_by := owner(name)) is not None:
-            if owned_by == image.key:
-                reason = stale[name]
-            elif isinstance(header := header_or_error(out / name), LatentHeader):  # seen from another folder
-                reason = why_stale(header, image)
-        action, why = decide(out / name, is_ours, reason, options.overwrite, "latent file")
-        items.append(item_of(image, out / name, action, why))
-    return Plan(items=tuple(items))
+    return plan_latent_files(images, out, options, why_stale)
 
 
 def _why_settings_differ(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.planning.names import folded, own_keys, with_rivals
+from sdvae.codec.planning.files import folded, own_keys, with_rivals
 from sdvae.codec.planning.plan import Action, Item, Plan, WhyStale, decide, item_of
 from sdvae.data.images import EncodedImage
 from sdvae.data.sources.files import ImageFile, reason_without_path

@@ -1,6 +1,6 @@
 """What a plan says: one item for each input, with what happens to it and why. No torch.
 
-`encode.py` and `decode.py` make plans, `run.py` carries them out and `--dry-run` prints them. Nothing is written here.
+`encode.py` and `files.py` make plans, `run.py` carries them out and `--dry-run` prints them. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdvae.data.sources.files import ImageFile, Member
-from sdvae.errors import LatentFileError
-from sdvae.latents.header import LatentHeader, read_header
+from sdvae.latents.header import LatentHeader
 
-__all__ = ["OTHER_VAE", "Action", "Item", "Plan", "WhyStale", "decide", "header_or_error", "item_of"]
+__all__ = ["OTHER_VAE", "Action", "Item", "Plan", "WhyStale", "decide", "item_of"]
 
 UP_TO_DATE = "up to date"
 OTHER_VAE = "made by another VAE"
@@ -98,16 +97,6 @@ def decide(output: Path, is_ours: bool, stale: str | None, overwrite: bool, kind
     if is_ours:
         return "skip", UP_TO_DATE
     return "fail", f"{output} is there and is no {kind} of sdvae: move it away, or replace it with --overwrite"
-
-
-def header_or_error(path: Path) -> LatentHeader | LatentFileError | None:
-    """The header; None where there is no file; the error where it is no latent file."""
-    if not path.exists():
-        return None
-    try:
-        return read_header(path)
-    except LatentFileError as error:
-        return error
 
 
 def item_of(image: ImageFile, output: Path, action: Action, reason: str) -> Item:

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.planning.names import own_keys
+from sdvae.codec.planning.files import own_keys
 from sdvae.codec.planning.plan import Action, Plan, WhyStale, decide, item_of
 from sdvae.data.sources.files import ImageFile
 from sdvae.errors import ConfigError, LatentFileError

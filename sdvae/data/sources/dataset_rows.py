@@ -23,7 +23,7 @@ _DIGITS = 9
 
 @dataclass(frozen=True)
 class DatasetName:
-    """Which images of which dataset; the fields are those of `hf_datasets.open_dataset`."""
+    """Which images of which dataset; the fields are those of `datasets.open_dataset`."""
 
     path: str
     split: str = "train"
@@ -48,7 +48,7 @@ class DatasetRow:
 
     def read(self, name: str) -> FileBytes:
         content = self.content(name)
-        data = read_regular(content) if isinstance(content, Path) else content
+        data = read_regular(content).data if isinstance(content, Path) else content
         return FileBytes(data=data, size_bytes=len(data), mtime_ns=_opened(self.dataset).modified_ns or 0)
 
     def content(self, name: str) -> Path | bytes:

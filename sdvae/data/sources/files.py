@@ -6,6 +6,7 @@ Standard library only. Which files there are is found in `find`; what is in a pi
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,7 @@ class ImageFile:
 
     def read(self) -> FileBytes:
         """Its bytes, with what tells them from others. Raises: ImageError."""
-        if self.member:
-            return self.member.read(str(self.path))
-        try:
-            status = self.path.stat()  # before the bytes: a change while they are read shows in the next run
-        except OSError as error:
-            raise ImageError(f"{self.path}: {os_reason(error)}") from error
-        return FileBytes(data=read_regular(self.path), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        return self.member.read(str(self.path)) if self.member else read_regular(self.path)
 
     def content(self) -> Path | bytes:
         """The file, or of a member its bytes. Raises: ImageError."""
@@ -106,8 +101,11 @@ class ImageFile:
         return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def refuse_unless_file(path: Path) -> None:
-    """Raises: ImageError for what is no regular file with something in it: a pipe would make open() wait for ever."""
+def refuse_unless_file(path: Path) -> os.stat_result:
+    """Its size and times.
+
+    Raises: ImageError for what is no regular file with something in it: a pipe would make open() wait for ever.
+    """
     try:
         status = path.stat()
     except OSError as error:
@@ -120,13 +118,14 @@ def refuse_unless_file(path: Path) -> None:
         raise ImageError(f"{path}: is not a regular file")
     if status.st_size == 0:
         raise ImageError(f"{path}: is empty (0 bytes)")
+    return status
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path) -> FileBytes:
     """The bytes of a regular file. Raises: ImageError."""
-    refuse_unless_file(path)
+    status = refuse_unless_file(path)  # before the bytes: a change while they are read shows in the next run
     try:
-        return path.read_bytes()
+        return FileBytes(data=path.read_bytes(), size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
     except OSError as error:
         raise ImageError(f"{path}: {os_reason(error)}") from error
 

@@ -12,7 +12,7 @@ import pytest
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import DecodeOptions, EncodeOptions
-from sdvae.codec.planning import decode, plan
+from sdvae.codec.planning import files
 from sdvae.codec.run import DecodeRun, EncodeRun, decode_folder, encode_folder
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
@@ -59,7 +59,7 @@ def test_a_rerun_reads_the_header_of_each_latent_once(
 ) -> None:
     encode_folder(images, tmp_path / "latents", opened_vae)
     calls: Counter[str] = Counter()
-    monkeypatch.setattr(plan, "read_header", counted(plan.read_header, calls))
+    monkeypatch.setattr(files, "read_header", counted(files.read_header, calls))
     found = EncodeRun(images, tmp_path / "latents", opened_vae).plan
     assert len(found.skips) == 3
     assert calls == {f"{name}.safetensors": 1 for name in NAMES}
@@ -72,8 +72,8 @@ def test_a_rerun_of_decoding_reads_each_header_and_each_mark_once(
     decode_folder(tmp_path / "latents", tmp_path / "out", opened_vae)
     headers: Counter[str] = Counter()
     marks: Counter[str] = Counter()
-    monkeypatch.setattr(plan, "read_header", counted(plan.read_header, headers))
-    monkeypatch.setattr(decode, "read_mark", counted(decode.read_mark, marks))
+    monkeypatch.setattr(files, "read_header", counted(files.read_header, headers))
+    monkeypatch.setattr(files, "read_mark", counted(files.read_mark, marks))
     found = DecodeRun(tmp_path / "latents", tmp_path / "out", opened_vae, DecodeOptions()).plan
     assert len(found.skips) == 3
     assert headers == {f"{name}.safetensors": 1 for name in NAMES}

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from sdvae.codec.options import EncodeOptions
-from sdvae.codec.planning.names import choose_names, folded, image_names, latent_names, own_keys, with_rivals
+from sdvae.codec.planning.files import choose_names, folded, image_names, latent_names, own_keys, with_rivals
 from sdvae.latents.parts import Part
 
 
