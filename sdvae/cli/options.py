@@ -1,8 +1,12 @@
-"""Options that several commands share. Defaults and choices come from `sdvae.codec.options`."""
+"""The options of commands, each declared once, in the groups that become one options object.
+
+A command hands what it gets on as `**options` to the dataclass of the group, which has the defaults and choices.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -19,11 +23,14 @@ from sdvae.codec.options import (
     EncodeOptions,
     RunOptions,
 )
+from sdvae.evaluation.protocol import METRIC_GROUPS
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
+from sdvae.precision.options import AuditOptions
 from sdvae.processes import is_main_process
 
 __all__ = [
     "announce_vae",
+    "audit_options",
     "batch_size_option",
     "choice",
     "dataset_options",
@@ -35,9 +42,11 @@ __all__ = [
     "max_images_option",
     "number",
     "overwrite_option",
+    "protocol_options",
     "run_options",
-    "tiling_options",
     "shard_option",
+    "take",
+    "tiling_options",
     "vae_option",
     "write_options",
 ]
@@ -61,9 +70,9 @@ def choice(name: str, choices: Sequence[str], help: str, default: str | None = N
     return click.option(name, type=click.Choice(choices), default=default, show_default=True, help=help)
 
 
-def number(*names: str, help: str, metavar: str = "N", default: int | None = None) -> Callable[[F], F]:
-    """A whole number from 1 on."""
-    kind = click.IntRange(min=1)
+def number(*names: str, help: str, metavar: str = "N", default: int | None = None, least: int = 1) -> Callable[[F], F]:
+    """A whole number from `least` on."""
+    kind = click.IntRange(min=least)
     return click.option(*names, type=kind, metavar=metavar, default=default, show_default=True, help=help)
 
 
@@ -160,6 +169,44 @@ image_options = _together(
     number("--max-pixels", help="Refuse larger images.  [default: 134217728]"),
 )
 
+protocol_options = _together(  # without defaults: what is not given is the preset's
+    click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px."),
+    choice("--crop", ["center", "none"], "center: cut the resized image to N x N."),
+    max_images_option,
+    click.option(
+        "--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}."
+    ),
+    choice("--posterior", ["mode", "sample"], "z that is decoded: the mean, or a draw."),
+    click.option("--seed", type=int, help="Of draws, bootstrap and KID."),
+    choice("--dtype", COMPUTE_DTYPES, "Precision of the VAEs."),
+    choice("--tiling", ["off", "blended"], "blended: the VAE's own tiled mode."),
+    click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb."),
+)
+
+audit_options = _together(
+    number(
+        "--size",
+        "size_px",
+        least=8,
+        default=AuditOptions.size_px,
+        help="Images are cut to central squares of N px.",
+    ),
+    number(
+        "--limit",
+        "max_images",
+        default=AuditOptions.max_images,
+        help="Take N images, evenly spaced over the sorted names.",
+    ),
+    number(
+        "--probe-size",
+        "probe_size_px",
+        least=8,
+        default=AuditOptions.probe_size_px,
+        help="Of two images that are really computed in fp16; CPUs are slow at it.",
+    ),
+    device_option,
+)
+
 dataset_options = _together(
     click.option("--split", metavar="NAME", help="Of a dataset.  [default: train]"),
     click.option("--subset", metavar="NAME", help="Of a dataset that has several configurations."),
@@ -177,6 +224,11 @@ write_options = _together(
     dry_run_option("Print what would be done, and write nothing."),
     json_option,
 )
+
+
+def take(kind: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of what a command was given, what is a field of this dataclass; it is taken out, for a command that has two."""
+    return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
 
 
 def announce_vae(vae: str | None) -> None:

@@ -100,7 +100,8 @@ class VaeRecord:
     @classmethod
     def of(cls, vae: OpenedVae) -> VaeRecord:
         model: Any = vae.model
-        blended = model.use_tiling and model.tiling_mode == "blended"
+        execution = model.execution
+        blended = execution.tiling == "blended"
         return cls(
             name=vae.name,
             digest=vae.digest,
@@ -110,8 +111,8 @@ class VaeRecord:
             shift_factor=vae.scale.shift_factor,
             latents_mean=vae.scale.latents_mean,
             latents_std=vae.scale.latents_std,
-            tile_size_px=model.tile_sample_min_size if blended else None,
-            tile_overlap=model.tile_overlap_factor if blended else None,
+            tile_size_px=execution.tile_sample_min_size if blended else None,
+            tile_overlap=execution.tile_overlap_factor if blended else None,
         )
 
     @property

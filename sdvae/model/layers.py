@@ -1,7 +1,12 @@
 """Encoder and decoder of the Stable-Diffusion-style autoencoder, as plain torch modules.
 
 State-dict keys, and so the module names, are those of diffusers' `AutoencoderKL`. Numbers equal it within rounding.
-This is the hot path; what is not here: the posterior, quant convs, configuration and files (see `autoencoder.py`).
+This is the hot path; what is not here: the posterior, quant convs, configuration and files (see `network.py`).
+
+`in_strips`, beside each `forward`, describes the same computation for a pass in strips of rows, which takes less memory
+and on CPUs less time: `Strips` has its terms. A block without it, or a subclass that changes `forward` alone, makes the
+network run by `forward`. `adds_to_stream` and `scales_inside` name the parameters that `checkpoints/rewrite/fp16.py`
+may scale by a power of two. A new kind of block needs nothing outside its class.
 
 Letters of the shape comments: B batch, C channels of the layer, H and W its height and width, N = H * W.
 """
@@ -15,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
+from sdvae.model.strips.maps import Layer, Rows
+from sdvae.model.strips.passes import Strips
 
 __all__ = ["ACTIVATIONS", "Decoder", "Encoder"]
 
@@ -79,6 +86,9 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 class ResnetBlock2D(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the width changes."""
 
+    adds_to_stream = ("conv2.weight", "conv2.bias", "conv_shortcut.bias")
+    scales_inside = {"": {"conv1.weight": 1, "conv1.bias": 1}}  # norm2 cancels it
+
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, activation: Callable[[Tensor], Tensor]
     ) -> None:
@@ -95,12 +105,23 @@ class ResnetBlock2D(nn.Module):
         h = self.conv2(self.activation(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        h = strips.keep(strips.conv(x, self.conv1, self.norm1, self.activation))
+        h = strips.conv(h, self.conv2, self.norm2, self.activation, shortcut=(x, self.conv_shortcut))
+        return strips.store(h, last_use=True)
+
 
 class Attention(nn.Module):
     """Self-attention over all positions, one head as wide as the layer, with a residual."""
 
     # diffusers then also loads the older names (query, key, value, proj_attn) into this module
     _from_deprecated_attn_block = True
+
+    adds_to_stream = ("to_out.0.weight", "to_out.0.bias")
+    scales_inside = {
+        "": {"to_v.weight": 1, "to_v.bias": 1, "to_out.0.weight": -1},
+        ".to_q": {"to_q.weight": 1, "to_q.bias": 1, "to_k.weight": -1, "to_k.bias": -1},
+    }
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -112,12 +133,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x.flatten(2)).transpose(1, 2)  # (B, N, C)
-        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))  # (B, 1, N, C)
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        h = self.to_out[0](h).transpose(1, 2)  # (B, C, N)
+        h = self._attend(h).transpose(1, 2)  # (B, C, N)
         # A sum lies in memory as its first term does: this order makes what follows channels_last, the faster layout on
         # CPUs, and makes it round as diffusers' layers do.
         return h.reshape(x.shape) + x
+
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        # x, the normalized tokens, queries, keys, values and their result
+        return strips.whole(x, self.group_norm, self._attend, num_maps=6)
+
+    def _attend(self, h: Tensor) -> Tensor:
+        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))  # (B, 1, N, C)
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))  # (B, N, C)
 
 
 class Downsample2D(nn.Module):
@@ -126,6 +153,8 @@ class Downsample2D(nn.Module):
     The asymmetric padding comes from latent-diffusion; weights trained with it are wrong under any other.
     """
 
+    adds_to_stream = ("conv.bias",)
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -133,9 +162,14 @@ class Downsample2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H // 2, W // 2)
 
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        return strips.store(strips.downsample(x, self.conv), last_use=True)
+
 
 class Upsample2D(nn.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    adds_to_stream = ("conv.bias",)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -143,6 +177,9 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2 * H, 2 * W)
+
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        return strips.keep(strips.upsample(x, self.conv), last_use=True)
 
 
 class DownEncoderBlock2D(nn.Module):
@@ -169,6 +206,11 @@ class DownEncoderBlock2D(nn.Module):
             x = resnet(x)
         for downsample in self.downsamplers:
             x = downsample(x)
+        return x
+
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        for block in (*self.resnets, *self.downsamplers):
+            x = block.in_strips(x, strips)
         return x
 
 
@@ -198,6 +240,11 @@ class UpDecoderBlock2D(nn.Module):
             x = upsample(x)
         return x
 
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block.in_strips(x, strips)
+        return x
+
 
 class UNetMidBlock2D(nn.Module):
     """The narrowest part: a residual block, self-attention unless switched off, a residual block."""
@@ -213,12 +260,19 @@ class UNetMidBlock2D(nn.Module):
             x = attention(x)
         return self.resnets[1](x)
 
+    def in_strips(self, x: Rows, strips: Strips) -> Rows:
+        for block in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = block.in_strips(x, strips)
+        return x
+
 
 class Encoder(nn.Module):
     """x (B, in_channels, H, W) -> features (B, 2 * latent_channels, h, w), before quant_conv.
 
     h = H / 2 ** (levels - 1), rounded down at every level.
     """
+
+    adds_to_stream = ("conv_in.weight", "conv_in.bias")
 
     def __init__(
         self,
@@ -252,12 +306,20 @@ class Encoder(nn.Module):
         # the last activation is SiLU whatever act_fn says, in every program of the family
         return self.conv_out(silu(self.conv_norm_out(h)))  # (B, 2 * latent_channels, h, w)
 
+    def in_strips(self, x: Rows, strips: Strips) -> Layer:
+        h: Rows = strips.store(strips.conv(x, self.conv_in))
+        for block in (*self.down_blocks, self.mid_block):
+            h = block.in_strips(h, strips)
+        return strips.conv(h, self.conv_out, self.conv_norm_out, silu)
+
 
 class Decoder(nn.Module):
     """z after post_quant_conv (B, latent_channels, h, w) -> recon (B, out_channels, H, W), not clamped.
 
     H = h * 2 ** (levels - 1).
     """
+
+    adds_to_stream = ("conv_in.weight", "conv_in.bias")
 
     def __init__(
         self,
@@ -290,6 +352,12 @@ class Decoder(nn.Module):
         for block in (self.mid_block, *self.up_blocks):
             h = _run(self, block, h)
         return self.conv_out(silu(self.conv_norm_out(h)))  # (B, out_channels, H, W)
+
+    def in_strips(self, z: Rows, strips: Strips) -> Layer:
+        h: Rows = strips.store(strips.conv(z, self.conv_in))
+        for block in (self.mid_block, *self.up_blocks):
+            h = block.in_strips(h, strips)
+        return strips.conv(h, self.conv_out, self.conv_norm_out, silu)
 
 
 def _run(owner: Encoder | Decoder, block: nn.Module, h: Tensor) -> Tensor:

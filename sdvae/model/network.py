@@ -8,17 +8,16 @@ takes longer than all the rest. Files are read and written in `sdvae.checkpoints
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
+from sdvae.model.execution import Execution, Tiling, run
 from sdvae.model.layers import Decoder, Encoder
 from sdvae.model.posterior import DiagonalGaussian
-from sdvae.model.strips.policy import TILING_MODES, execute
-from sdvae.model.tiling import blended_tiles
 
 __all__ = ["Autoencoder", "AutoencoderConfig", "Decoded", "Encoded"]
 
@@ -83,6 +82,19 @@ class Decoded:
     sample: Tensor
 
 
+class _Choice:
+    """An attribute of a model that stands for a field of its `execution`."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get__(self, model: Autoencoder, owner: type[Autoencoder]) -> Any:
+        return getattr(model.execution, self._field)
+
+    def __set__(self, model: Autoencoder, value: Any) -> None:
+        model.execution = replace(model.execution, **{self._field: value})
+
+
 class Autoencoder(nn.Module):
     """Convolutional autoencoder with a Gaussian latent: x (B, 3, H, W) in [-1, 1] <-> z (B, latent_channels, h, w).
 
@@ -107,16 +119,11 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else None
 
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tiling_mode = "blended"  # or exact, auto; counts while use_tiling is set
-        self.max_memory_bytes: int | None = None  # for exact tiling, with what is in use already; None: what is free
-        self.use_fast_path = False  # set by `sdvae.optimize`: in strips where that is faster; equal to rounding
         size = config.sample_size
-        sample_size_px = size[0] if isinstance(size, (list, tuple)) else size
-        self.tile_sample_min_size = sample_size_px
-        self.tile_latent_min_size = sample_size_px // self.spatial_compression_ratio
-        self.tile_overlap_factor = 0.25
+        tile_size_px = size[0] if isinstance(size, (list, tuple)) else size
+        self.execution = Execution(
+            tile_sample_min_size=tile_size_px, tile_latent_min_size=tile_size_px // self.spatial_compression_ratio
+        )
 
     @property
     def config(self) -> AutoencoderConfig:
@@ -141,49 +148,42 @@ class Autoencoder(nn.Module):
         x: (B, in_channels, H, W), [-1, 1]. Sides that are no multiple of the compression ratio lose their rest.
         Returns: an output whose `latent_dist` has moments (B, 2 * latent_channels, h, w).
         """
-        return Encoded(DiagonalGaussian(self._over_batch(self._encode, x)))
+        execution = self.execution
+        tile, out_tile = execution.tile_sample_min_size, execution.tile_latent_min_size
+        return Encoded(DiagonalGaussian(execution.apply(self._moments, x, tile, out_tile)))
 
     def decode(self, z: Tensor) -> Decoded:
         """Images for a batch of z (not scaled latents).
 
         z: (B, latent_channels, h, w). Returns: an output whose `sample` is (B, out_channels, H, W), not clamped.
         """
-        return Decoded(self._over_batch(self._decode, z))
-
-    def _encode(self, x: Tensor) -> Tensor:
-        if self._blends and max(x.shape[-2:]) > self.tile_sample_min_size:
-            return self._tiled(self._moments, x, self.tile_sample_min_size, self.tile_latent_min_size)
-        return self._moments(x)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        if self._blends and max(z.shape[-2:]) > self.tile_latent_min_size:
-            return self._tiled(self._recon, z, self.tile_latent_min_size, self.tile_sample_min_size)
-        return self._recon(z)
-
-    @property
-    def _blends(self) -> bool:
-        return self.use_tiling and self.tiling_mode == "blended"
+        execution = self.execution
+        tile, out_tile = execution.tile_latent_min_size, execution.tile_sample_min_size
+        return Decoded(execution.apply(self._recon, z, tile, out_tile))
 
     def _moments(self, x: Tensor) -> Tensor:
-        h = self._run(self.encoder, x)
+        h = run(self.encoder, x, self.execution)
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _recon(self, z: Tensor) -> Tensor:
-        return self._run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return run(self.decoder, z if self.post_quant_conv is None else self.post_quant_conv(z), self.execution)
 
-    def _run(self, network: Encoder | Decoder, x: Tensor) -> Tensor:
-        mode = self.tiling_mode if self.use_tiling and not self._blends else "off"
-        return execute(network, x, fast=self.use_fast_path, mode=mode, max_bytes=self.max_memory_bytes)
+    # diffusers' names for what `execution` says
 
-    def _tiled(self, function, x: Tensor, tile: int, out_tile: int) -> Tensor:  # type: ignore[no-untyped-def]
-        stride = int(tile * (1 - self.tile_overlap_factor))
-        blend = int(out_tile * self.tile_overlap_factor)
-        return blended_tiles(function, x, tile, stride, out_stride=out_tile - blend, blend=blend)
+    use_slicing = _Choice("slicing")
+    tile_sample_min_size = _Choice("tile_sample_min_size")
+    tile_latent_min_size = _Choice("tile_latent_min_size")
+    tile_overlap_factor = _Choice("tile_overlap_factor")
 
-    def _over_batch(self, function, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([function(image) for image in x.split(1)])
-        return function(x)  # type: ignore[no-any-return]
+    @property
+    def use_tiling(self) -> bool:
+        """Whether tiles of any kind are on. Setting it turns blended tiles on, or all tiles off."""
+        return self.execution.tiling != "off"
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        if value != self.use_tiling:
+            self.execution = replace(self.execution, tiling="blended" if value else "off", max_memory_bytes=None)
 
     def enable_slicing(self) -> None:
         """Run the images of a batch one by one, for less memory."""
@@ -212,7 +212,7 @@ class Autoencoder(nn.Module):
             that two tiles have in common. None: `sample_size`, and 0.25, as diffusers.
         Raises: ConfigError.
         """
-        if mode not in TILING_MODES or mode == "off":
+        if mode not in get_args(Tiling) or mode == "off":
             raise ConfigError(f"tiling is '{mode}'; expected blended, exact or auto")
         if mode == "blended" and max_memory_bytes is not None:
             raise ConfigError("blended tiling is given max_memory_bytes; its memory is decided by tile_size_px")
@@ -220,24 +220,24 @@ class Autoencoder(nn.Module):
             raise ConfigError(
                 f"{mode} tiling is given a tile size or overlap; it has no tiles to choose: leave them out"
             )
+        changes: dict[str, Any] = {"tiling": mode, "max_memory_bytes": max_memory_bytes}
+        ratio = self.spatial_compression_ratio
         if tile_size_px is not None:
-            if tile_size_px < 1 or tile_size_px % self.spatial_compression_ratio:
-                raise ConfigError(
-                    f"tile_size_px is {tile_size_px}; expected a multiple of {self.spatial_compression_ratio}"
-                )
-            self.tile_sample_min_size = tile_size_px
-            self.tile_latent_min_size = tile_size_px // self.spatial_compression_ratio
+            if tile_size_px < 1 or tile_size_px % ratio:
+                raise ConfigError(f"tile_size_px is {tile_size_px}; expected a multiple of {ratio}")
+            changes |= {"tile_sample_min_size": tile_size_px, "tile_latent_min_size": tile_size_px // ratio}
         if overlap is not None:
-            if not 0 <= overlap < 1 or int(self.tile_latent_min_size * (1 - overlap)) < 1:
+            tile = changes.get("tile_latent_min_size", self.tile_latent_min_size)
+            if not 0 <= overlap < 1 or int(tile * (1 - overlap)) < 1:
                 raise ConfigError(
                     f"overlap is {overlap}; expected 0 to below 1, with a latent position left of each tile"
                 )
-            self.tile_overlap_factor = overlap
-        self.use_tiling, self.tiling_mode, self.max_memory_bytes = True, mode, max_memory_bytes
+            changes["tile_overlap_factor"] = overlap
+        self.execution = replace(self.execution, **changes)
 
     def disable_tiling(self) -> None:
         """Run images of any size in one pass (the default)."""
-        self.use_tiling, self.tiling_mode, self.max_memory_bytes = False, "blended", None
+        self.execution = replace(self.execution, tiling="off", max_memory_bytes=None)
 
 
 def _check_blocks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -51,7 +52,7 @@ def optimize(model: T, *, compile: bool = False) -> T | Autoencoder:
 def _optimized(vae: Any, name: str, compile: bool) -> Autoencoder:
     ours = vae if isinstance(vae, Autoencoder) else _shared(vae, name)
     weights = next(ours.parameters())
-    ours.use_fast_path = True
+    ours.execution = replace(ours.execution, fast=True)
     memory_format = preferred_memory_format(weights.device)
     if compile:  # strips leave compiled networks alone
         mode, memory_format = compile_settings(weights.device, weights.dtype)

@@ -80,8 +80,8 @@ def test_a_tile_that_the_vae_cannot_have_is_refused_before_anything_is_written(
 
 def test_a_loaded_vae_runs_fast_and_with_the_tiling_that_was_asked_for(vae_path: Path) -> None:
     model = open_vae(vae_path, **RunOptions(tiling="exact", max_memory="3GB").opening).model
-    assert (model.use_fast_path, model.use_tiling, model.tiling_mode) == (True, True, "exact")
-    assert model.max_memory_bytes == 3 * 10**9
+    assert (model.execution.fast, model.use_tiling, model.execution.tiling) == (True, True, "exact")
+    assert model.execution.max_memory_bytes == 3 * 10**9
     assert not open_vae(vae_path, **RunOptions(tiling="off").opening).model.use_tiling
 
 

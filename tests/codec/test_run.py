@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.decoded_image import read_mark
 from sdvae.codec.image_encoder import load_image
 from sdvae.codec.options import DecodeOptions, EncodeOptions
@@ -60,11 +61,11 @@ def times_below(folder: Path) -> dict[str, int]:
 
 
 def test_images_of_any_size_come_back_with_their_size_and_name(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
-    encoded = encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encoded = encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (encoded.done, encoded.exit_code, decoded.done, decoded.exit_code) == (5, 0, 5, 0)
     assert files_below(tmp_path / "latents") == sorted(f"{name}.safetensors" for name in SIZES)
     expected = {str(Path(name).with_suffix(".png")): size for name, size in SIZES.items()}
@@ -72,10 +73,10 @@ def test_images_of_any_size_come_back_with_their_size_and_name(
 
 
 def test_the_file_holds_what_the_vae_says_of_the_padded_image(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, vae: AutoencoderKL
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, vae: AutoencoderKL
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (101, 67)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(latent_dtype="float32"))
+    encode_folder(images, tmp_path / "latents", vae=opened_vae, options=EncodeOptions(latent_dtype="float32"))
     file = LatentFile.read(tmp_path / "latents/a.png.safetensors")
     x = image_to_x(read_image(images / "a.png").pixels)
     x = torch.nn.functional.pad(x[None], (0, 3, 0, 5), mode="replicate")  # (1, 3, 72, 104)
@@ -89,16 +90,16 @@ def test_the_file_holds_what_the_vae_says_of_the_padded_image(
     assert (header.padding.top, header.padding.left, header.padding.bottom, header.padding.right) == (0, 0, 5, 3)
     assert (header.vae.scaling_factor, header.vae.shift_factor) == (0.18215, 0.1)
     torch.testing.assert_close(file.latents(), (posterior.mean[0] - 0.1) * 0.18215, atol=1e-5, rtol=1e-5)
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     written = read_image(tmp_path / "out/a.png").pixels
     assert np.abs(written.astype(int) - recon).max() <= 1
 
 
 def test_half_precision_latents_cost_less_than_rounding_to_8_bits(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, vae: AutoencoderKL
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, vae: AutoencoderKL
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
     z = LatentFile.read(tmp_path / "latents/a.png.safetensors").z()
     with torch.inference_mode():
         exact = vae.decode(vae.encode(image_to_x(read_image(images / "a.png").pixels)[None]).latent_dist.mode()).sample
@@ -108,14 +109,14 @@ def test_half_precision_latents_cost_less_than_rounding_to_8_bits(
 
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 def test_batch_size_and_workers_change_nothing(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, store: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, store: str
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i}.png": (40, 24) if i % 3 else (24, 24) for i in range(7)})
     for out, batch_size, workers in (("one", 1, 1), ("many", 4, 3)):
         encode_folder(
             images,
             tmp_path / out,
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(store=store, latent_dtype="float32", batch_size=batch_size, workers=workers),
         )
     names = files_below(tmp_path / "one")
@@ -128,7 +129,7 @@ def test_batch_size_and_workers_change_nothing(
         encode_folder(
             images,
             tmp_path / "again",
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(latent_dtype="float32", batch_size=4, workers=1),
         )
         for name in names:
@@ -137,7 +138,7 @@ def test_batch_size_and_workers_change_nothing(
 
 
 def test_draws_follow_the_seed_and_differ_between_images(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (32, 32)})
     shutil.copy(images / "a.png", images / "b.png")
@@ -146,7 +147,7 @@ def test_draws_follow_the_seed_and_differ_between_images(
         encode_folder(
             images,
             tmp_path / "z",
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(store="sample", seed=seed, latent_dtype="float32"),
         )
         return LatentFile.read(tmp_path / "z" / name).z()
@@ -159,11 +160,11 @@ def test_draws_follow_the_seed_and_differ_between_images(
 
 
 def test_size_and_crop_give_equal_shapes_and_are_recorded(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"wide.png": (120, 60), "tall.png": (30, 45)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(size=32, crop="center"))
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae, options=EncodeOptions(size=32, crop="center"))
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert {size_of(path) for path in (tmp_path / "out").iterdir()} == {(32, 32)}
     header = read_header(tmp_path / "latents/wide.png.safetensors")
     assert (header.source.width, header.image.width, header.preprocessing.size, header.preprocessing.crop) == (
@@ -199,13 +200,13 @@ def test_bfloat16_runs_and_its_latents_are_recorded_as_such(
     ("format", "quality"), [("png", None), ("webp", None), ("webp", 80), ("jpg", None), ("jpg", 50)]
 )
 def test_every_output_format_keeps_the_picture_and_its_mark(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, quality: int | None
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str, quality: int | None
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (33, 17)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decode_folder(tmp_path / "latents", tmp_path / "png", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decode_folder(tmp_path / "latents", tmp_path / "png", vae=opened_vae)
     decode_folder(
-        tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(format=format, quality=quality)
+        tmp_path / "latents", tmp_path / "out", vae=opened_vae, options=DecodeOptions(format=format, quality=quality)
     )
     exact, found = read_image(tmp_path / "png/a.png").pixels, read_image(tmp_path / f"out/a.{format}").pixels
     error = np.abs(exact.astype(int) - found).mean()
@@ -214,7 +215,7 @@ def test_every_output_format_keeps_the_picture_and_its_mark(
     mark = read_mark(tmp_path / f"out/a.{format}")
     assert mark is not None and mark.latent_digest == read_header(tmp_path / "latents/a.png.safetensors").latent_digest
     again = decode_folder(
-        tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(format=format, quality=quality)
+        tmp_path / "latents", tmp_path / "out", vae=opened_vae, options=DecodeOptions(format=format, quality=quality)
     )
     assert (again.done, again.skipped) == (0, 1)
 
@@ -223,15 +224,15 @@ def test_every_output_format_keeps_the_picture_and_its_mark(
 
 
 def test_names_that_collide_keep_apart_and_stay_when_files_are_added(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     before = times_below(tmp_path)
     make_images(images, {"a.jpg": (24, 24), "A.png": (32, 32)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    report = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    report = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (report.done, report.skipped) == (2, 1)
     outputs = files_below(tmp_path / "out")
     assert len({name.casefold() for name in outputs}) == 3
@@ -246,55 +247,59 @@ def test_names_that_collide_keep_apart_and_stay_when_files_are_added(
 
 
 def test_a_part_of_the_latents_leaves_the_images_of_the_others_alone(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "a.jpg": (24, 24)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
     for name, expected in (("a.png", ["a.png"]), ("a.jpg", ["a.jpg.png", "a.png"])):
-        decode_folder(tmp_path / f"latents/{name}.safetensors", tmp_path / "out", vae=vae_path)
+        decode_folder(tmp_path / f"latents/{name}.safetensors", tmp_path / "out", vae=opened_vae)
         assert files_below(tmp_path / "out") == expected
     assert size_of(tmp_path / "out/a.png") == (16, 16)
 
 
-def test_a_file_name_that_is_no_utf8_goes_through(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_a_file_name_that_is_no_utf8_goes_through(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     name = os.fsdecode(b"caf\xe9.png")
     try:
         os.rename(images / "a.png", images / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    encoded = encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encoded = encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (encoded.done, decoded.done) == (1, 1)
     assert (tmp_path / "out" / name).is_file()
     json.dumps(encoded.to_json())
 
 
-def test_a_glob_and_a_single_file_name_latents_too(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_a_glob_and_a_single_file_name_latents_too(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {"a/1.png": (16, 16), "a/2.png": (16, 16), "b/3.png": (16, 16)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decode_folder(f"{tmp_path}/latents/*/?.png.safetensors", tmp_path / "glob", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decode_folder(f"{tmp_path}/latents/*/?.png.safetensors", tmp_path / "glob", vae=opened_vae)
     assert files_below(tmp_path / "glob") == ["a/1.png", "a/2.png", "b/3.png"]
-    decode_folder(tmp_path / "latents/a/1.png.safetensors", tmp_path / "one", vae=vae_path)
+    decode_folder(tmp_path / "latents/a/1.png.safetensors", tmp_path / "one", vae=opened_vae)
     assert files_below(tmp_path / "one") == ["1.png"]
     with pytest.raises(ConfigError, match="no latent files found"):
-        decode_folder(images, tmp_path / "none", vae=vae_path)
+        decode_folder(images, tmp_path / "none", vae=opened_vae)
 
 
 # --------------------------------------------------------------------------------------------------------- second runs
 
 
 def test_a_second_run_does_nothing_and_a_touched_file_is_recognised(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
     for _ in range(2):
-        encoded = encode_folder(images, tmp_path / "latents", vae=vae_path)
-        decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+        encoded = encode_folder(images, tmp_path / "latents", vae=opened_vae)
+        decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
         times = times_below(tmp_path)
         os.utime(images / "photo.jpg", (1, 1))
     assert (encoded.done, encoded.skipped, decoded.done, decoded.skipped) == (0, 5, 0, 5)
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
     times.pop("images/photo.jpg")
     assert times.items() <= times_below(tmp_path).items()
 
@@ -313,15 +318,15 @@ def test_a_second_run_does_nothing_and_a_touched_file_is_recognised(
     ],
 )
 def test_options_that_change_the_latents_make_them_stale(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, changes: dict[str, object], reason: str | None
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, changes: dict[str, object], reason: str | None
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (24, 24)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    run = EncodeRun(images, tmp_path / "latents", vae_path, EncodeOptions(**changes))  # type: ignore[arg-type]
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    run = EncodeRun(images, tmp_path / "latents", opened_vae, EncodeOptions(**changes))  # type: ignore[arg-type]
     (item,) = run.plan.items
     assert item.reason == ("up to date" if reason is None else f"stale: {reason}")
     assert run.run().done == (0 if reason is None else 1)
-    assert EncodeRun(images, tmp_path / "latents", vae_path, EncodeOptions(**changes)).plan.jobs == ()  # type: ignore[arg-type]
+    assert EncodeRun(images, tmp_path / "latents", opened_vae, EncodeOptions(**changes)).plan.jobs == ()  # type: ignore[arg-type]
 
 
 def test_latents_and_their_files_have_the_statistics_of_the_vae(
@@ -359,7 +364,7 @@ def test_statistics_for_another_number_of_channels_are_refused(
 
 @pytest.mark.parametrize("size", [None, 64, 60])
 def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, size: int | None
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, size: int | None
 ) -> None:
     sizes = {f"{width}x{height}.png": (width, height) for width in (64, 68, 96) for height in (64, 70, 97)}
     images = make_images(tmp_path / "images", sizes)
@@ -368,7 +373,7 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
     with Image.open(images / "96x64.png") as image:
         image.save(images / "turned.jpg", exif=turned)
     options = EncodeOptions(format="kohya-npz", size=size)
-    run = EncodeRun(images, tmp_path / "out", vae_path, options)
+    run = EncodeRun(images, tmp_path / "out", opened_vae, options)
     encoded_at = {
         path.name: load_image(ImageFile(path.name, path), preprocessing_of(options)).pixels.shape[:2]
         for path in images.iterdir()
@@ -385,11 +390,11 @@ def test_the_plan_for_kohya_refuses_the_sizes_that_the_run_cannot_write(
 
 
 def test_a_large_jpeg_is_decoded_small_where_it_is_resized_and_its_size_is_recorded_whole(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.jpg": (331, 245), "b.png": (331, 245)})
-    encode_folder(images, tmp_path / "small", vae=vae_path, options=EncodeOptions(size=24))
-    encode_folder(images, tmp_path / "whole", vae=vae_path)
+    encode_folder(images, tmp_path / "small", vae=opened_vae, options=EncodeOptions(size=24))
+    encode_folder(images, tmp_path / "whole", vae=opened_vae)
     for name in ("a.jpg", "b.png"):
         small, whole = (read_header(tmp_path / kind / f"{name}.safetensors") for kind in ("small", "whole"))
         assert (small.source.width, small.source.height) == (331, 245)
@@ -419,31 +424,31 @@ def written_before_there_was_a_jpeg_margin(latent_path: Path) -> None:
 
 
 def test_latents_of_wholly_decoded_jpegs_are_stale_only_where_they_would_be_reduced_now(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     """24 px twice are 48: from a short side of 96 on, half of it is enough."""
     images = make_images(tmp_path / "images", {"large.jpg": (130, 96), "small.jpg": (130, 95)})
     for size, stale in ((24, {"large.jpg"}), (None, set())):
         latents = tmp_path / f"latents-{size}"
-        encode_folder(images, latents, vae=vae_path, options=EncodeOptions(size=size))
+        encode_folder(images, latents, vae=opened_vae, options=EncodeOptions(size=size))
         for path in latents.glob("*.safetensors"):
             written_before_there_was_a_jpeg_margin(path)
-        run = EncodeRun(images, latents, vae_path, EncodeOptions(size=size))
+        run = EncodeRun(images, latents, opened_vae, EncodeOptions(size=size))
         assert {item.key: item.reason for item in run.plan.jobs} == dict.fromkeys(stale, "stale: other preprocessing")
         assert run.run().done == len(stale)
-        assert EncodeRun(images, latents, vae_path, EncodeOptions(size=size)).plan.jobs == ()
-        report = verify_cache(latents, images=images, vae=vae_path)
+        assert EncodeRun(images, latents, opened_vae, EncodeOptions(size=size)).plan.jobs == ()
+        report = verify_cache(latents, images=images, vae=opened_vae)
         assert (report.problems, report.warnings) == ((), ())
 
 
 def test_a_decoded_image_stays_up_to_date_where_its_latent_has_no_jpeg_margin(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.jpg": (64, 48)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     written_before_there_was_a_jpeg_margin(tmp_path / "latents/a.jpg.safetensors")
-    assert DecodeRun(tmp_path / "latents", tmp_path / "out", vae_path).plan.jobs == ()
+    assert DecodeRun(tmp_path / "latents", tmp_path / "out", opened_vae).plan.jobs == ()
 
 
 @pytest.mark.parametrize(
@@ -479,21 +484,21 @@ def test_the_warning_for_kohya_names_what_its_trainers_leave_out(
 
 
 def test_a_changed_source_and_another_vae_make_latents_and_images_stale(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, other_vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, other_vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (24, 24), "b.png": (24, 24)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     status = (images / "b.png").stat()
     make_images(images, {"b.png": (40, 40)})
     os.utime(images / "b.png", ns=(status.st_atime_ns, status.st_mtime_ns))  # as `cp -p` leaves it: the size tells
-    plan = EncodeRun(images, tmp_path / "latents", vae_path).plan
+    plan = EncodeRun(images, tmp_path / "latents", opened_vae).plan
     assert [(item.key, item.reason) for item in plan.items] == [
         ("a.png", "up to date"),
         ("b.png", "stale: the source changed"),
     ]
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    decoded = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (decoded.done, decoded.skipped, size_of(tmp_path / "out/b.png")) == (1, 1, (40, 40))
 
     encoded = encode_folder(images, tmp_path / "latents", vae=other_vae_path)
@@ -503,22 +508,26 @@ def test_a_changed_source_and_another_vae_make_latents_and_images_stale(
     assert {item.reason for item in plan.items} == {"up to date"}
 
 
-def test_files_of_others_are_replaced_only_when_asked(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_files_of_others_are_replaced_only_when_asked(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "b.png": (16, 16)})
     latent, picture = tmp_path / "latents/a.png.safetensors", tmp_path / "out/a.png"
     shutil.copytree(vae_path, tmp_path / "latents")
     shutil.copy(vae_path / "diffusion_pytorch_model.safetensors", latent)
-    report = encode_folder(images, tmp_path / "latents", vae=vae_path)
+    report = encode_folder(images, tmp_path / "latents", vae=opened_vae)
     assert (report.done, report.failed, report.exit_code) == (1, 1, 3)
     assert "is no latent file of sdvae" in report.failures[0].reason and "--overwrite" in report.failures[0].reason
-    assert encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(overwrite=True)).done == 2
+    assert encode_folder(images, tmp_path / "latents", vae=opened_vae, options=EncodeOptions(overwrite=True)).done == 2
     (tmp_path / "latents/diffusion_pytorch_model.safetensors").unlink()
 
     make_images(tmp_path / "out", {"a.png": (3, 3)})
-    report2 = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    report2 = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (report2.done, report2.failed, size_of(picture)) == (1, 1, (3, 3))
     assert (
-        decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path, options=DecodeOptions(overwrite=True)).done
+        decode_folder(
+            tmp_path / "latents", tmp_path / "out", vae=opened_vae, options=DecodeOptions(overwrite=True)
+        ).done
         == 2
     )
     assert size_of(picture) == (16, 16)
@@ -527,12 +536,14 @@ def test_files_of_others_are_replaced_only_when_asked(tmp_path: Path, make_image
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
-def test_a_bad_image_is_recorded_and_the_rest_goes_on(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_a_bad_image_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {f"{i}.png": (16, 16) for i in range(6)})
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:60])
     (images / "4.png").write_bytes(b"")
     seen: list[tuple[int, int]] = []
-    report = encode_folder(images, tmp_path / "latents", vae=vae_path, on_progress=lambda *n: seen.append(n))
+    report = encode_folder(images, tmp_path / "latents", vae=opened_vae, on_progress=lambda *n: seen.append(n))
     assert (report.total, report.done, report.failed, report.exit_code) == (6, 4, 2, 3)
     assert [failure.key for failure in report.failures] == ["2.png", "4.png"]
     assert report.failures[1].reason == "is empty (0 bytes)"
@@ -540,20 +551,22 @@ def test_a_bad_image_is_recorded_and_the_rest_goes_on(tmp_path: Path, make_image
     assert len(files_below(tmp_path / "latents")) == 4
 
 
-def test_bad_latents_are_recorded_and_the_rest_goes_on(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_bad_latents_are_recorded_and_the_rest_goes_on(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {f"{i}.png": (16, 16) for i in range(3)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
     path = tmp_path / "latents/1.png.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    report = decode_folder(tmp_path / "latents", tmp_path / "out", vae=vae_path)
+    report = decode_folder(tmp_path / "latents", tmp_path / "out", vae=opened_vae)
     assert (report.done, [failure.key for failure in report.failures], report.exit_code) == (2, ["1.png"], 3)
 
 
 def test_latents_of_another_vae_are_refused_unless_allowed(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, other_vae_path: Path
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, opened_vae: OpenedVae, other_vae_path: Path
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "b.png": (16, 16)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
     with pytest.raises(LatentFileError, match=f"made by the VAE '{vae_path}'.*--allow-other-vae"):
         decode_folder(tmp_path / "latents", tmp_path / "out", vae=other_vae_path)
     assert not (tmp_path / "out").exists()
@@ -606,7 +619,7 @@ def test_the_advice_at_out_of_memory_fits_what_is_done(
 
 
 def test_a_full_disk_stops_the_run_with_what_to_do_and_the_next_run_goes_on(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i:02}.png": (16, 16) for i in range(20)})
     written, fsync = 0, os.fsync
@@ -621,28 +634,30 @@ def test_a_full_disk_stops_the_run_with_what_to_do_and_the_next_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync_on_a_small_disk)
         with pytest.raises(SdvaeError, match=r"No space left.*MB free.*5 of 20 files were written.*again to continue"):
-            encode_folder(images, tmp_path / "latents", vae=vae_path, options=EncodeOptions(batch_size=1, workers=1))
+            encode_folder(images, tmp_path / "latents", vae=opened_vae, options=EncodeOptions(batch_size=1, workers=1))
     assert len(files_below(tmp_path / "latents")) == 5
     assert written < 13  # it stopped, and did not try all the others
-    report = encode_folder(images, tmp_path / "latents", vae=vae_path)
+    report = encode_folder(images, tmp_path / "latents", vae=opened_vae)
     assert (report.done, report.skipped) == (15, 5)
 
 
-def test_an_output_that_cannot_be_written_is_recorded(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_recorded(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "sub/b.png": (16, 16)})
     (tmp_path / "latents").mkdir()
     (tmp_path / "latents/sub").write_text("in the way")
-    report = encode_folder(images, tmp_path / "latents", vae=vae_path)
+    report = encode_folder(images, tmp_path / "latents", vae=opened_vae)
     assert (report.done, report.failed) == (1, 1)
     assert "sub" in report.failures[0].reason and "cannot be written" in report.failures[0].reason
 
 
 def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_done(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     with pytest.raises(ConfigError, match="is a file; expected a folder"):
-        encode_folder(images, images / "a.png", vae=vae_path)
+        encode_folder(images, images / "a.png", vae=opened_vae)
 
 
 @pytest.mark.parametrize(

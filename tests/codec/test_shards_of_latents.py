@@ -20,6 +20,7 @@ import pytest
 import torch
 from forked import Forked, fork_sdvae
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import EncodeRun, encode_folder
 from sdvae.errors import ConfigError, LatentFileError, SdvaeError
@@ -66,15 +67,15 @@ def numbered(count: int) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 def test_webdataset_loads_the_very_tensors_of_the_default_format(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, store: str, latent_dtype: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, store: str, latent_dtype: str
 ) -> None:
     import webdataset
 
     images = make_images(tmp_path / "images", SIZES)
     options: dict[str, Any] = {"store": store, "latent_dtype": latent_dtype, "batch_size": 1}
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(**options))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(**options))
     encode_folder(
-        images, tmp_path / "shards", vae=vae_path, options=EncodeOptions(format="webdataset", shard_size=4, **options)
+        images, tmp_path / "shards", vae=opened_vae, options=EncodeOptions(format="webdataset", shard_size=4, **options)
     )
     urls = sorted(str(path) for path in (tmp_path / "shards").glob("*.tar"))
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
@@ -92,16 +93,16 @@ def test_webdataset_loads_the_very_tensors_of_the_default_format(
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 def test_datasets_and_pyarrow_load_the_very_tensors_of_the_default_format(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, store: str, latent_dtype: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, store: str, latent_dtype: str
 ) -> None:
     import datasets
     import pyarrow.parquet as pq
 
     images = make_images(tmp_path / "images", SIZES)
     options: dict[str, Any] = {"store": store, "latent_dtype": latent_dtype, "batch_size": 1}
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(**options))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(**options))
     encode_folder(
-        images, tmp_path / "shards", vae=vae_path, options=EncodeOptions(format="parquet", shard_size=4, **options)
+        images, tmp_path / "shards", vae=opened_vae, options=EncodeOptions(format="parquet", shard_size=4, **options)
     )
     loaded = datasets.load_dataset(
         "parquet", data_files=f"{tmp_path}/shards/*.parquet", split="train", cache_dir=str(tmp_path / "hf")
@@ -124,14 +125,14 @@ def test_datasets_and_pyarrow_load_the_very_tensors_of_the_default_format(
 
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 def test_datasets_loads_the_webdataset_shards_too(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, latent_dtype: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, latent_dtype: str
 ) -> None:
     import datasets
 
     images, out = make_images(tmp_path / "images", SIZES), tmp_path / "shards"
     options: dict[str, Any] = {"latent_dtype": latent_dtype, "batch_size": 1}
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(**options))
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="webdataset", shard_size=4, **options))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(**options))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format="webdataset", shard_size=4, **options))
     loaded = datasets.load_dataset(
         "webdataset", data_files=f"{out}/*.tar", split="train", cache_dir=str(tmp_path / "hf")
     )
@@ -143,12 +144,12 @@ def test_datasets_loads_the_webdataset_shards_too(
             assert np.array_equal(row[f"{name}.npy"], tensor.numpy())
 
 
-def test_pandas_loads_the_parquet_shards(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_pandas_loads_the_parquet_shards(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae) -> None:
     import pandas  # type: ignore[import-untyped]
 
     images, out = make_images(tmp_path / "images", SIZES), tmp_path / "shards"
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(batch_size=1))
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(batch_size=1, format="parquet", shard_size=4))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(batch_size=1))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(batch_size=1, format="parquet", shard_size=4))
     frame = pandas.read_parquet(out / "part-000000.parquet").set_index("key")
     assert list(frame.index) == sorted(SIZES)[:4]
     for key, row in frame.iterrows():
@@ -161,12 +162,12 @@ def test_pandas_loads_the_parquet_shards(tmp_path: Path, make_images: MakeImages
 
 @sharded
 def test_the_shards_read_back_as_the_default_format_does(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(batch_size=1))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(batch_size=1))
     encode_folder(
-        images, tmp_path / "shards", vae=vae_path, options=EncodeOptions(batch_size=1, format=format, shard_size=4)
+        images, tmp_path / "shards", vae=opened_vae, options=EncodeOptions(batch_size=1, format=format, shard_size=4)
     )
     found = 0
     for path in FORMATS[format].find_files(tmp_path / "shards"):
@@ -188,7 +189,7 @@ def test_keys_of_samples_are_plain_unique_and_reversible() -> None:
 
 @sharded
 def test_a_name_that_is_no_utf8_goes_through(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     name = os.fsdecode(b"caf\xe9.png")
@@ -196,9 +197,9 @@ def test_a_name_that_is_no_utf8_goes_through(
         os.rename(images / "a.png", images / name)
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    assert encode_folder(images, tmp_path / "out", vae=vae_path, options=EncodeOptions(format=format)).done == 1
+    assert encode_folder(images, tmp_path / "out", vae=opened_vae, options=EncodeOptions(format=format)).done == 1
     assert keys(tmp_path / "out", format) == [[name]]
-    assert encode_folder(images, tmp_path / "out", vae=vae_path, options=EncodeOptions(format=format)).skipped == 1
+    assert encode_folder(images, tmp_path / "out", vae=opened_vae, options=EncodeOptions(format=format)).skipped == 1
 
 
 # ------------------------------------------------------------------------------------------------------- which shard
@@ -206,7 +207,7 @@ def test_a_name_that_is_no_utf8_goes_through(
 
 @sharded
 def test_shards_are_filled_in_order_and_equal_to_the_byte(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images = make_images(tmp_path / "images", {f"{i}.png": (16, 24 if i % 2 else 16) for i in range(7)})
     digests = []
@@ -215,7 +216,7 @@ def test_shards_are_filled_in_order_and_equal_to_the_byte(
         report = encode_folder(
             images,
             out,
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(format=format, shard_size=3, batch_size=1, workers=workers, store="sample"),
         )
         assert report.done == 7
@@ -226,13 +227,13 @@ def test_shards_are_filled_in_order_and_equal_to_the_byte(
 
 @sharded
 def test_a_second_run_does_nothing_and_a_changed_source_rewrites_its_shard_alone(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(7)), tmp_path / "out"
     options: dict[str, Any] = {"format": format, "shard_size": 3, "latent_dtype": "float32"}
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options))
     times, manifest = shards(out), (out / "manifest.jsonl").stat().st_mtime_ns
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options))
     assert (report.done, report.skipped, shards(out)) == (0, 7, times)
     assert (out / "manifest.jsonl").stat().st_mtime_ns == manifest
 
@@ -240,14 +241,14 @@ def test_a_second_run_does_nothing_and_a_changed_source_rewrites_its_shard_alone
         header.source.key: tensors for header, tensors in FORMATS[format].read_items(FORMATS[format].find_files(out)[1])
     }
     make_images(images, {"4.png": (48, 16)})
-    plan = EncodeRun(images, out, vae_path, EncodeOptions(format=format, shard_size=3, latent_dtype="float32")).plan
+    plan = EncodeRun(images, out, opened_vae, EncodeOptions(format=format, shard_size=3, latent_dtype="float32")).plan
     (job,) = plan.jobs
     assert (job.key, job.output, job.reason) == (
         "4.png",
         FORMATS[format].find_files(out)[1],
         "stale: the source changed",
     )
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options))
     assert (report.done, report.skipped) == (1, 6)
     assert {name for name, written in shards(out).items() if times[name] != written} == {job.output.name}
     after = {header.source.key: tensors for header, tensors in FORMATS[format].read_items(job.output)}
@@ -258,19 +259,19 @@ def test_a_second_run_does_nothing_and_a_changed_source_rewrites_its_shard_alone
 
 @sharded
 def test_images_that_are_added_fill_the_last_shard_and_rename_nothing(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(5)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3))
     times = shards(out)
     make_images(images, {"00.png": (16, 16), "01.png": (16, 16), "99.png": (16, 16)})
     (images / "1.png").unlink()  # its latent stays, as in the default format
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3))
     assert (report.done, report.skipped) == (3, 4)
     assert keys(out, format) == [["0.png", "1.png", "2.png"], ["00.png", "3.png", "4.png"], ["01.png", "99.png"]]
     assert shards(out)[min(times)] == times[min(times)]  # the first was full
     other = make_images(tmp_path / "other", {"x.png": (16, 16)})
-    assert encode_folder(other, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3)).done == 1
+    assert encode_folder(other, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3)).done == 1
     assert keys(out, format)[2] == ["01.png", "99.png", "x.png"]
 
 
@@ -279,45 +280,45 @@ def test_images_that_are_added_fill_the_last_shard_and_rename_nothing(
     "changes", [{"store": "mode"}, {"latent_dtype": "float32"}, {"size": 8}, {"dtype": "bfloat16"}]
 )
 def test_other_options_redo_all_shards_but_mix_with_none(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, changes: dict[str, Any]
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str, changes: dict[str, Any]
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(4)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3))
     with pytest.raises(ConfigError, match="images that are not given now, such as '0.png', and with other settings"):
         encode_folder(
-            images / "1.png", out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3, **changes)
+            images / "1.png", out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3, **changes)
         )
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=3, **changes))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=3, **changes))
     assert (report.done, [len(shard) for shard in keys(out, format)]) == (4, [3, 1])
     assert len(read_manifest(out).settings) == 1
 
 
 @sharded
-def test_a_folder_takes_one_format(tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str) -> None:
+def test_a_folder_takes_one_format(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str) -> None:
     images, out = make_images(tmp_path / "images", numbered(1)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     with pytest.raises(ConfigError, match=f"holds latents of the format {format}"):
-        encode_folder(images, out, vae=vae_path)
+        encode_folder(images, out, vae=opened_vae)
     (out / "manifest.jsonl").unlink()
     with pytest.raises(ConfigError, match=f"holds latents of the format {format}"):
-        encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
-    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format)).skipped == 1
+        encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
+    assert encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format)).skipped == 1
 
 
 @sharded
 def test_shards_of_others_and_doubled_keys_are_refused(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(1)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     (shard,) = FORMATS[format].find_files(out)
     copy = shard.with_name(shard.name.replace("000000", "000005"))
     copy.write_bytes(shard.read_bytes())
     with pytest.raises(ConfigError, match="'0.png' is in .*000000.* and in .*000005"):
-        encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+        encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     copy.write_bytes(b"something else")
     with pytest.raises(ConfigError, match="000005.*move it away"):
-        encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+        encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
 
 
 # ------------------------------------------------------------------------------------------------- failures, interrupts
@@ -325,7 +326,7 @@ def test_shards_of_others_and_doubled_keys_are_refused(
 
 @sharded
 def test_a_bad_image_is_left_out_of_its_shard_and_tried_again(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(5)), tmp_path / "out"
     whole = (images / "1.png").read_bytes()
@@ -333,30 +334,30 @@ def test_a_bad_image_is_left_out_of_its_shard_and_tried_again(
     seen: list[tuple[int, int]] = []
     options: dict[str, Any] = {"format": format, "shard_size": 3}
     report = encode_folder(
-        images, out, vae=vae_path, on_progress=lambda *n: seen.append(n), options=EncodeOptions(**options)
+        images, out, vae=opened_vae, on_progress=lambda *n: seen.append(n), options=EncodeOptions(**options)
     )
     assert (report.done, report.exit_code, [f.key for f in report.failures]) == (4, 3, ["1.png"])
     assert sorted(seen) == seen and seen[-1] == (5, 5)
     assert keys(out, format) == [["0.png", "2.png"], ["3.png", "4.png"]]
     times = shards(out)
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options))
     assert (report.done, report.skipped, report.failed, shards(out)) == (0, 4, 1, times)  # no shard written for nothing
     (images / "1.png").write_bytes(whole)
-    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options)).done == 1
+    assert encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options)).done == 1
     assert keys(out, format)[0] == ["0.png", "1.png", "2.png"]
 
     (images / "1.png").write_bytes(whole[:60])  # what is stale and fails leaves the shard too
-    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options)).failed == 1
+    assert encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options)).failed == 1
     assert keys(out, format)[0] == ["0.png", "2.png"]
     for name in ("3.png", "4.png"):
         (images / name).write_bytes(whole[:60])
-    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(**options)).failed == 3
+    assert encode_folder(images, out, vae=opened_vae, options=EncodeOptions(**options)).failed == 3
     assert keys(out, format) == [["0.png", "2.png"]] and read_manifest(out).num_files == 1
 
 
 @sharded
 def test_a_full_disk_stops_the_run_and_counts_only_whole_shards(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(8)), tmp_path / "out"
     fsync, calls = os.fsync, iter(range(100))
@@ -369,15 +370,15 @@ def test_a_full_disk_stops_the_run_and_counts_only_whole_shards(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync_on_a_small_disk)
         with pytest.raises(SdvaeError, match=r"4 of 8 files were written and are whole"):
-            encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=2))
+            encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=2))
     assert len(shards(out)) == 2
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=2))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=2))
     assert (report.done, report.skipped) == (4, 4)
 
 
 @sharded
 def test_a_shard_that_cannot_be_written_fails_its_images(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(4)), tmp_path / "out"
     replace = os.replace
@@ -389,10 +390,10 @@ def test_a_shard_that_cannot_be_written_fails_its_images(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=2))
+        report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=2))
     assert (report.done, [failure.key for failure in report.failures]) == (2, ["0.png", "1.png"])
     assert "cannot be written: Permission denied" in report.failures[0].reason
-    assert encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=2)).done == 2
+    assert encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=2)).done == 2
 
 
 @contextmanager
@@ -419,6 +420,7 @@ def test_a_killed_run_leaves_only_whole_shards_and_the_next_one_finishes(
     tmp_path: Path,
     make_images: MakeImages,
     vae_path: Path,
+    opened_vae: OpenedVae,
     format: str,
     signal_number: int,
 ) -> None:
@@ -435,7 +437,7 @@ def test_a_killed_run_leaves_only_whole_shards_and_the_next_one_finishes(
     listed = read_manifest(out).num_items  # all that it lists is there; after a kill not all that is there is listed
     assert listed == (4 * len(begun) if signal_number == signal.SIGINT else 0)
     times = shards(out)
-    report = encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format, shard_size=4))
+    report = encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format, shard_size=4))
     assert (report.done, report.skipped) == (32 - 4 * len(begun), 4 * len(begun))
     written = shards(out)
     assert len(written) == 8 and all(written[name] == times[name] for name in times if name in written)
@@ -482,10 +484,10 @@ def nan_array(data: bytes) -> bytes:
     ],
 )
 def test_damage_in_a_tar_is_named(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, change: Callable[..., Any], reason: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, change: Callable[..., Any], reason: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="webdataset"))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format="webdataset"))
     rewrite_tar(out / "shard-000000.tar", change)
     with pytest.raises(LatentFileError, match=f"shard-000000.tar: .*{reason}"):
         list(FORMATS["webdataset"].read_items(out / "shard-000000.tar"))
@@ -493,13 +495,13 @@ def test_damage_in_a_tar_is_named(
 
 @pytest.mark.parametrize(("name", "value"), [("scaling_factor", 0.5), ("key", "other.png"), ("shift_factor", None)])
 def test_a_column_that_contradicts_its_header_is_named(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, name: str, value: Any
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, name: str, value: Any
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="parquet"))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format="parquet"))
     (path,) = FORMATS["parquet"].find_files(out)
     table = pq.ParquetFile(path).read()
     place = table.schema.get_field_index(name)
@@ -514,10 +516,10 @@ def test_a_column_that_contradicts_its_header_is_named(
 
 @sharded
 def test_a_shard_that_was_cut_anywhere_is_not_taken_for_a_shorter_one(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     images, out = make_images(tmp_path / "images", numbered(2)), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     (path,) = FORMATS[format].find_files(out)
     data = path.read_bytes()
     for length in range(0, len(data), 512):

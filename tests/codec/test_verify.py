@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
@@ -41,12 +42,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Path) -> dict[str, Path]:
+def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, opened_vae: OpenedVae) -> dict[str, Path]:
     """A cache of each format; shards of two images."""
     out = tmp_path_factory.mktemp("caches")
     for format in FORMATS:
         options: dict[str, Any] = {"shard_size": 2} if FORMATS[format].is_sharded else {}
-        encode_folder(images, out / format, vae=vae_path, options=EncodeOptions(format=format, **options))
+        encode_folder(images, out / format, vae=opened_vae, options=EncodeOptions(format=format, **options))
     return {format: out / format for format in FORMATS}
 
 
@@ -89,9 +90,9 @@ def relist(cache: Path, name: str) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_whole_cache_has_no_problems_and_its_images_give_the_same_latents(
-    caches: dict[str, Path], images: Path, vae_path: Path, format: str
+    caches: dict[str, Path], images: Path, opened_vae: OpenedVae, format: str
 ) -> None:
-    report = verify_cache(caches[format], images=images, vae=vae_path, device="cpu")
+    report = verify_cache(caches[format], images=images, vae=opened_vae)
     assert report.problems == () and report.warnings == () and report.exit_code == 0
     assert (report.format, report.has_manifest, report.num_items) == (format, True, 5)
     assert report.num_files == (3 if format in ("webdataset", "parquet") else 5)
@@ -105,19 +106,19 @@ def test_a_whole_cache_has_no_problems_and_its_images_give_the_same_latents(
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 def test_what_is_stored_is_reproduced_in_its_type_and_with_its_seed(
-    tmp_path: Path, images: Path, vae_path: Path, store: str, latent_dtype: str
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, store: str, latent_dtype: str
 ) -> None:
     options = {"store": store, "latent_dtype": latent_dtype, "seed": 5, "size": 16, "crop": "center"}
-    encode_folder(images, tmp_path / "cache", vae=vae_path, options=EncodeOptions(**options))  # type: ignore[arg-type]
+    encode_folder(images, tmp_path / "cache", vae=opened_vae, options=EncodeOptions(**options))  # type: ignore[arg-type]
     report = verify_cache(tmp_path / "cache", images=images, device="cpu")  # the VAE is found by its name
     assert report.problems == () and len(report.reencoded) == 5
     worst = max(each.difference for each in report.reencoded)
     assert worst < (1e-5 if latent_dtype == "float32" else 0.01)
 
 
-def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path, vae_path: Path) -> None:
+def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path, opened_vae: OpenedVae) -> None:
     cache = tmp_path / "cache"
-    encode_folder(images, cache, vae=vae_path, options=EncodeOptions(store="sample", seed=5))
+    encode_folder(images, cache, vae=opened_vae, options=EncodeOptions(store="sample", seed=5))
     path = cache / "a.png.safetensors"
     file = LatentFile.read(path)
     LatentFile(header=replace(file.header, seed=6), tensors=file.tensors).write(path)
@@ -134,18 +135,22 @@ def test_a_draw_with_another_seed_is_another_latent(tmp_path: Path, images: Path
     assert "other settings than the rest: seed" in found[path.name] and "gives another latent" in found[path.name]
 
 
-def test_a_folder_without_manifest_is_checked_as_far_as_it_goes(cache: Path, images: Path, vae_path: Path) -> None:
+def test_a_folder_without_manifest_is_checked_as_far_as_it_goes(
+    cache: Path, images: Path, opened_vae: OpenedVae
+) -> None:
     (cache / MANIFEST_NAME).unlink()
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=images, vae=opened_vae)
     assert (report.problems, report.has_manifest, report.num_items) == ((), False, 5)
     assert report.warnings == ("no manifest: digests not checked, and lost files not seen",)
     (cache / "a.png.safetensors").write_bytes((cache / "a.png.safetensors").read_bytes()[:-3])
     assert reasons(verify_cache(cache)).keys() == {"a.png.safetensors"}
 
 
-def test_the_sample_is_chosen_by_its_seed_among_all(caches: dict[str, Path], images: Path, vae_path: Path) -> None:
+def test_the_sample_is_chosen_by_its_seed_among_all(
+    caches: dict[str, Path], images: Path, opened_vae: OpenedVae
+) -> None:
     def chosen(seed: int) -> set[str]:
-        report = verify_cache(caches["webdataset"], images=images, vae=vae_path, sample=2, seed=seed, device="cpu")
+        report = verify_cache(caches["webdataset"], images=images, vae=opened_vae, sample=2, seed=seed)
         assert len(report.reencoded) == 2
         return {each.key for each in report.reencoded}
 
@@ -153,14 +158,13 @@ def test_the_sample_is_chosen_by_its_seed_among_all(caches: dict[str, Path], ima
     assert set.union(*map(chosen, range(12))) == set(SIZES)
 
 
-def test_progress_ends_with_everything_done(caches: dict[str, Path], images: Path, vae_path: Path) -> None:
+def test_progress_ends_with_everything_done(caches: dict[str, Path], images: Path, opened_vae: OpenedVae) -> None:
     calls: list[tuple[int, int]] = []
     verify_cache(
         caches["safetensors"],
         images=images,
-        vae=vae_path,
+        vae=opened_vae,
         sample=2,
-        device="cpu",
         on_progress=lambda done, total: calls.append((done, total)),
     )
     assert calls == [(done, 7) for done in range(1, 8)]
@@ -257,16 +261,16 @@ def test_an_edited_manifest_is_found(cache: Path, change: Callable[[Any], Any], 
 
 
 def test_a_cache_of_two_vaes_or_preprocessings_is_found(
-    tmp_path: Path, images: Path, vae_path: Path, other_vae_path: Path, make_images: MakeImages
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, other_vae_path: Path, make_images: MakeImages
 ) -> None:
     cache = tmp_path / "cache"
     more = make_images(tmp_path / "more", {"x.png": (16, 16)})
-    encode_folder(images, cache, vae=vae_path)
+    encode_folder(images, cache, vae=opened_vae)
     encode_folder(more, cache, vae=other_vae_path, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert (problem.file, problem.key) == ("x.png.safetensors", "x.png")
     assert "made by another VAE than the rest" in problem.reason
-    encode_folder(more, cache, vae=vae_path, options=EncodeOptions(size=8))
+    encode_folder(more, cache, vae=opened_vae, options=EncodeOptions(size=8))
     [problem] = verify_cache(cache).problems
     assert problem.reason == "made with other settings than the rest: preprocessing"
 
@@ -276,11 +280,13 @@ def test_another_vae_than_the_given_one_is_found_once(cache: Path, other_vae_pat
     assert problem.file is None and "made by the VAE" in problem.reason and str(other_vae_path) in problem.reason
 
 
-def test_images_that_changed_or_went_away_are_found(tmp_path: Path, cache: Path, images: Path, vae_path: Path) -> None:
+def test_images_that_changed_or_went_away_are_found(
+    tmp_path: Path, cache: Path, images: Path, opened_vae: OpenedVae
+) -> None:
     changed = shutil.copytree(images, tmp_path / "images")
     Image.new("RGB", (24, 24), "red").save(changed / "a.png")
     (changed / "b.png").unlink()
-    report = verify_cache(cache, images=changed, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=changed, vae=opened_vae)
     found = reasons(report)
     assert found.keys() == {"a.png.safetensors", "b.png.safetensors"} and len(report.reencoded) == 3
     assert "stale: the image changed" in found["a.png.safetensors"]
@@ -289,7 +295,7 @@ def test_images_that_changed_or_went_away_are_found(tmp_path: Path, cache: Path,
 
 @pytest.mark.parametrize("format", ["safetensors", "webdataset"])
 def test_values_that_are_not_those_of_the_image_are_found(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path, format: str
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae, format: str
 ) -> None:
     """Sound files with a whole manifest, but the latents of a.png are moved: only encoding again shows it."""
     cache = copy_of(caches[format], tmp_path)
@@ -300,8 +306,8 @@ def test_values_that_are_not_those_of_the_image_are_found(
     items[0][1]["mean"] = mean
     path.write_bytes(FORMATS[format].encode(items))
     relist(cache, path.name)
-    assert verify_cache(cache, vae=vae_path, device="cpu").exit_code == 0
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    assert verify_cache(cache, vae=opened_vae).exit_code == 0
+    report = verify_cache(cache, images=images, vae=opened_vae)
     [problem] = report.problems
     assert problem.key == "a.png" and "gives another latent" in problem.reason
     assert sum(not each.ok for each in report.reencoded) == 1
@@ -316,13 +322,13 @@ def test_the_same_key_in_two_shards_is_found(tmp_path: Path, caches: dict[str, P
     assert all("part-000000.parquet too" in problem.reason for problem in problems[1:])
 
 
-def test_a_prepared_image_of_another_version_is_not_compared(cache: Path, images: Path, vae_path: Path) -> None:
+def test_a_prepared_image_of_another_version_is_not_compared(cache: Path, images: Path, opened_vae: OpenedVae) -> None:
     for path in sorted(cache.rglob("*.safetensors")):
         file = LatentFile.read(path)
         other = replace(file.header, preprocessing=replace(file.header.preprocessing, version=99))
         LatentFile(header=other, tensors=file.tensors).write(path)
     (cache / MANIFEST_NAME).unlink()
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=images, vae=opened_vae)
     assert (report.problems, report.reencoded) == ((), ())
     assert any("version 99" in warning for warning in report.warnings)
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import EncodeRun, encode_folder
 from sdvae.data.images import image_to_x, read_image
@@ -76,12 +77,12 @@ def images(tmp_path: Path, make_images: MakeImages) -> Path:
 
 @pytest.mark.parametrize("by_resolution", [False, True])
 def test_the_trainers_find_and_load_the_latents_beside_the_images(
-    images: Path, vae_path: Path, vae: AutoencoderKL, by_resolution: bool
+    images: Path, opened_vae: OpenedVae, vae: AutoencoderKL, by_resolution: bool
 ) -> None:
     report = encode_folder(
         images,
         images,
-        vae=vae_path,
+        vae=opened_vae,
         options=EncodeOptions(format="kohya-npz", store="mode", latent_dtype="float32", size=64, crop="center"),
     )
     assert (report.done, report.format) == (3, "kohya-npz")
@@ -110,10 +111,10 @@ def test_crop_ltrb_is_the_place_of_the_fitted_picture() -> None:
 
 
 def test_without_a_crop_every_image_keeps_its_own_shape(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (192, 64)})
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     path = kohya_path(images / "a.png")
     assert path.name == "a_0192x0064_sd.npz"
     assert kohya_load(path, (192, 64), by_resolution=True)[0].shape == (4, 8, 24)
@@ -122,7 +123,7 @@ def test_without_a_crop_every_image_keeps_its_own_shape(
 @pytest.mark.parametrize("latent_dtype", ["float16", "float32"])
 @pytest.mark.parametrize("store", ["moments", "mode", "sample"])
 def test_the_file_holds_what_the_default_format_holds(
-    tmp_path: Path, images: Path, vae_path: Path, store: str, latent_dtype: str
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, store: str, latent_dtype: str
 ) -> None:
     options: dict[str, Any] = {
         "store": store,
@@ -131,11 +132,11 @@ def test_the_file_holds_what_the_default_format_holds(
         "crop": "center",
         "batch_size": 1,
     }
-    encode_folder(images, tmp_path / "plain", vae=vae_path, options=EncodeOptions(**options))
+    encode_folder(images, tmp_path / "plain", vae=opened_vae, options=EncodeOptions(**options))
     encode_folder(
         images,
         tmp_path / "kohya",
-        vae=vae_path,
+        vae=opened_vae,
         options=EncodeOptions(format="kohya-npz", seed=7 if store == "moments" else 0, **options),
     )
     path = tmp_path / "kohya/wide_0160x0064_sd.npz"
@@ -156,15 +157,17 @@ def test_the_file_holds_what_the_default_format_holds(
         assert torch.equal(latents, plain.z())
 
 
-def test_flip_encodes_the_mirrored_image(tmp_path: Path, images: Path, vae_path: Path, vae: AutoencoderKL) -> None:
+def test_flip_encodes_the_mirrored_image(
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, vae: AutoencoderKL
+) -> None:
     options: dict[str, Any] = {"format": "kohya-npz", "store": "mode", "size": 64, "crop": "center"}
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(**options))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(**options))
     assert (
-        encode_folder(images, images, vae=vae_path, options=EncodeOptions(**options, flip=True)).done == 3
+        encode_folder(images, images, vae=opened_vae, options=EncodeOptions(**options, flip=True)).done == 3
     )  # stale: without the mirrored image
-    assert encode_folder(images, images, vae=vae_path, options=EncodeOptions(**options, flip=True)).skipped == 3
+    assert encode_folder(images, images, vae=opened_vae, options=EncodeOptions(**options, flip=True)).skipped == 3
     assert (
-        encode_folder(images, images, vae=vae_path, options=EncodeOptions(**options)).skipped == 3
+        encode_folder(images, images, vae=opened_vae, options=EncodeOptions(**options)).skipped == 3
     )  # one that has it serves without flip_aug too
     path = kohya_path(images / "a.b.jpg")
     latents, original_size, crop, flipped = kohya_load(path, (64, 64), by_resolution=True, flip=True)
@@ -177,46 +180,48 @@ def test_flip_encodes_the_mirrored_image(tmp_path: Path, images: Path, vae_path:
     assert sdxl_conditioning(original_size, crop, latents, True) == [64, 64, 0, 0, 64, 64]
 
 
-def test_draws_of_image_and_mirrored_image_differ(tmp_path: Path, images: Path, vae_path: Path) -> None:
+def test_draws_of_image_and_mirrored_image_differ(tmp_path: Path, images: Path, opened_vae: OpenedVae) -> None:
     for image in images.rglob("*.*"):
         if image.suffix in (".png", ".jpg"):
             Image.new("RGB", (64, 64), "gray").save(image)  # equal to its mirror image, to the bit
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz", flip=True))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz", flip=True))
     with np.load(kohya_path(images / "a.b.jpg")) as npz:
         assert np.abs(npz["latents"] - npz["latents_flipped"]).max() > 0.1
 
 
 def test_a_turned_photograph_has_the_name_that_the_trainers_look_for(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.jpg": (128, 64)})
     with Image.open(images / "a.jpg") as image:
         exif = image.getexif()
         exif[0x0112] = 6  # lies on its side
         image.save(images / "a.jpg", exif=exif)
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     path = kohya_path(images / "a.jpg")
     assert path.name == "a_0128x0064_sd.npz"
     latents, original_size, _, _ = kohya_load(path, (64, 128), by_resolution=True)
     assert latents.shape == (4, 16, 8) and original_size == [64, 128]
 
 
-def test_sizes_that_no_bucket_has_are_refused(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_sizes_that_no_bucket_has_are_refused(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64), "b.png": (68, 64)})
-    report = encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    report = encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     assert (report.done, [failure.key for failure in report.failures], report.exit_code) == (1, ["b.png"], 3)
     assert "68 x 64 px" in report.failures[0].reason and "--crop center" in report.failures[0].reason
     with pytest.raises(ConfigError, match="size is 60; kohya's buckets are multiples of 8 px"):
-        encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz", size=60, crop="center"))
+        encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz", size=60, crop="center"))
 
 
-def test_what_the_trainers_would_mix_up_is_refused(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_what_the_trainers_would_mix_up_is_refused(
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
+) -> None:
     images = make_images(
         tmp_path / "images", {"a.jpg": (64, 64), "a.png": (64, 64), "a.webp": (64, 128), "old.png": (64, 64)}
     )
     (images / "old.npz").write_bytes(b"of an earlier version")
     (images / "broken.png").write_bytes(b"no image")
-    report = encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    report = encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     assert (report.done, report.failed) == (2, 3)
     reasons = {failure.key: failure.reason for failure in report.failures}
     assert "the latents of a.jpg" in reasons["a.png"]
@@ -225,31 +230,32 @@ def test_what_the_trainers_would_mix_up_is_refused(tmp_path: Path, make_images: 
 
 
 def test_caches_of_the_trainers_themselves_are_left_alone(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64)})
     path = images / "a_0064x0064_sd.npz"
     np.savez(path, latents=np.zeros((4, 8, 8), np.float32))
-    report = encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    report = encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     assert report.failed == 1 and "no latent file of sdvae" in report.failures[0].reason
     assert read_manifest(images).num_files == 0
     assert (
-        encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz", overwrite=True)).done == 1
+        encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz", overwrite=True)).done
+        == 1
     )
     with np.load(path) as npz:
         kept = {name: npz[name] for name in npz.files}
     np.savez(path, **kept, **{"latents_16x16": np.zeros((4, 16, 16), np.float32)})  # as the trainers add a resolution
-    assert encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz")).skipped == 1
+    assert encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz")).skipped == 1
 
 
 def test_an_image_of_another_size_takes_its_older_file_away(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64), "b.png": (64, 64)})
     for suffix in ("sd", "sdxl"):
-        encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix=suffix))
+        encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz", kohya_suffix=suffix))
     make_images(images, {"a.png": (64, 128)})
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     names = sorted(path.name for path in images.glob("*.npz"))
     assert names == [
         "a_0064x0064_sdxl.npz",
@@ -261,22 +267,22 @@ def test_an_image_of_another_size_takes_its_older_file_away(
 
 
 def test_a_folder_in_the_folder_keeps_its_files_where_keys_are_equal(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64), "sub/a.png": (128, 64)})
-    encode_folder(images / "sub", images / "sub", vae=vae_path, options=EncodeOptions(format="kohya-npz"))
+    encode_folder(images / "sub", images / "sub", vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
     encode_folder(
-        images / "a.png", images, vae=vae_path, options=EncodeOptions(format="kohya-npz")
+        images / "a.png", images, vae=opened_vae, options=EncodeOptions(format="kohya-npz")
     )  # its key is a.png too
     assert list(read_manifest(images).files) == ["a_0064x0064_sd.npz", "sub/a_0128x0064_sd.npz"]
 
 
-def test_another_seed_makes_the_draws_stale(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_another_seed_makes_the_draws_stale(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64)})
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
-    run = EncodeRun(images, images, vae_path, EncodeOptions(format="kohya-npz", seed=1))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
+    run = EncodeRun(images, images, opened_vae, EncodeOptions(format="kohya-npz", seed=1))
     assert [item.reason for item in run.plan.items] == ["stale: sampled with another seed"]
-    run = EncodeRun(images, images, vae_path, EncodeOptions(format="kohya-npz"))
+    run = EncodeRun(images, images, opened_vae, EncodeOptions(format="kohya-npz"))
     assert [item.reason for item in run.plan.items] == ["up to date"]
 
 
@@ -311,9 +317,9 @@ def test_latents_that_the_trainers_cannot_take_are_refused(
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "nan", "no-latents", "pickle"])
-def test_damage_is_named(tmp_path: Path, make_images: MakeImages, vae_path: Path, damage: str) -> None:
+def test_damage_is_named(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, damage: str) -> None:
     images = make_images(tmp_path / "images", {"a.png": (64, 64)})
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz", latent_dtype="float32"))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz", latent_dtype="float32"))
     path = kohya_path(images / "a.png")
     data = bytearray(path.read_bytes())
     with np.load(path) as npz:

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
 from sdvae.codec.verify import VerifyReport, verify_cache
@@ -42,14 +43,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, vae_path: Path) -> dict[str, Path]:
+def caches(tmp_path_factory: pytest.TempPathFactory, images: Path, opened_vae: OpenedVae) -> dict[str, Path]:
     """By `--store`, with the mirrored images."""
     out = tmp_path_factory.mktemp("caches")
     for store in STORES:
         encode_folder(
             images,
             out / store,
-            vae=vae_path,
+            vae=opened_vae,
             options=EncodeOptions(format="kohya-npz", store=store, flip=True, seed=3, size=64),
         )
     return {store: out / store for store in STORES}
@@ -61,7 +62,7 @@ def damaged(tmp_path: Path, cache: Path, damage: Damage, manifest: str = "agrees
     with np.load(out / NAME) as npz:
         arrays = {name: npz[name] for name in npz.files}
     damage(arrays)
-    np.savez(out / NAME, allow_pickle=False, **arrays)
+    np.savez(out / NAME, **arrays)
     if manifest == "gone":
         (out / MANIFEST_NAME).unlink()
         return out
@@ -97,38 +98,41 @@ def edited_header(**changes: Any) -> Damage:
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("store", STORES)
 def test_what_was_written_is_right_with_and_without_the_images(
-    tmp_path: Path, images: Path, vae_path: Path, store: str, dtype: str
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, store: str, dtype: str
 ) -> None:
     out = tmp_path / "cache"
     options: dict[str, Any] = {"store": store, "latent_dtype": dtype, "size": 64, "crop": "center", "seed": 9}
     encode_folder(
-        images, out, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", flip=True, **options)
+        images,
+        out,
+        vae=opened_vae,
+        options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", flip=True, **options),
     )
-    report = verify_cache(out, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(out, images=images, vae=opened_vae)
     assert (report.problems, report.warnings, len(report.reencoded)) == ((), (), 2)
     # beside the type of mean, logvar or z, `latents` and `latents_flipped` are of float32
     assert max(each.difference for each in report.reencoded) < (1e-4 if dtype == "float32" else 0.01)
 
 
 def test_turned_photographs_and_names_with_dots_are_right(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.b.jpg": (128, 64), "é ü.png": (64, 64)})
     with Image.open(images / "a.b.jpg") as image:
         exif = image.getexif()
         exif[0x0112] = 6
         image.save(images / "a.b.jpg", exif=exif)
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(format="kohya-npz"))
-    assert verify_cache(images, images=images, vae=vae_path, device="cpu").problems == ()
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(format="kohya-npz"))
+    assert verify_cache(images, images=images, vae=opened_vae).problems == ()
 
 
 def test_files_for_both_trainers_lie_side_by_side_but_not_of_two_sizes(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae
 ) -> None:
     cache = shutil.copytree(caches["moments"], tmp_path / "cache")
     options: dict[str, Any] = {"seed": 3, "size": 64, "flip": True}
     encode_folder(
-        images, cache, vae=vae_path, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", **options)
+        images, cache, vae=opened_vae, options=EncodeOptions(format="kohya-npz", kohya_suffix="sdxl", **options)
     )
     assert verify_cache(cache).problems == ()
     shutil.copy(cache / NAME, cache / NAME.replace("0064x0096", "0096x0064"))
@@ -138,11 +142,11 @@ def test_files_for_both_trainers_lie_side_by_side_but_not_of_two_sizes(
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_rounding_of_a_draw_is_measured_at_its_own_size(
-    tmp_path: Path, images: Path, vae_path: Path, dtype: str
+    tmp_path: Path, images: Path, opened_vae: OpenedVae, dtype: str
 ) -> None:
     """What the writer leaves stays inside; three times as much as the type may round does not."""
     encode_folder(
-        images, tmp_path / "cache", vae=vae_path, options=EncodeOptions(format="kohya-npz", latent_dtype=dtype)
+        images, tmp_path / "cache", vae=opened_vae, options=EncodeOptions(format="kohya-npz", latent_dtype=dtype)
     )
     header, arrays = kohya.read_all(tmp_path / "cache" / NAME)
     assert trainer_problems(NAME, header, arrays) == []
@@ -205,33 +209,33 @@ def test_scaled_latents_that_stand_alone_are_not_of_the_files_precision(
     ],
 )  # fmt: skip
 def test_mirrored_latents_that_are_not_those_of_the_mirrored_image_are_found_by_encoding_it(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path, store: str, damage: Damage
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae, store: str, damage: Damage
 ) -> None:
     cache = damaged(tmp_path, caches[store], damage)
     assert verify_cache(cache).exit_code == 0  # nothing in the file says what they should be
-    report = verify_cache(cache, images=images, vae=vae_path, device="cpu")
+    report = verify_cache(cache, images=images, vae=opened_vae)
     assert "gives another latent: latents_flipped is" in reasons(report)
     assert [each.ok for each in report.reencoded if each.key == "sub/a.png"] == [False]
 
 
 def test_mirrored_draws_by_the_seed_of_the_image_itself_are_found(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae
 ) -> None:
     """A draw from the right posterior with the wrong random numbers is another latent."""
     other = tmp_path / "other"
-    encode_folder(images, other, vae=vae_path, options=EncodeOptions(format="kohya-npz", flip=True, seed=4, size=64))
+    encode_folder(images, other, vae=opened_vae, options=EncodeOptions(format="kohya-npz", flip=True, seed=4, size=64))
     with np.load(other / NAME) as npz:
         flipped = npz["latents_flipped"]
     cache = damaged(tmp_path, caches["moments"], lambda arrays: arrays.update(latents_flipped=flipped))
-    assert "latents_flipped is" in reasons(verify_cache(cache, images=images, vae=vae_path, device="cpu"))
+    assert "latents_flipped is" in reasons(verify_cache(cache, images=images, vae=opened_vae))
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_latents_are_compared_with_the_image_too(
-    tmp_path: Path, caches: dict[str, Path], images: Path, vae_path: Path, store: str
+    tmp_path: Path, caches: dict[str, Path], images: Path, opened_vae: OpenedVae, store: str
 ) -> None:
     cache = damaged(tmp_path, caches[store], scaled("latents", 0.5))  # a power of two keeps the precision
-    found = reasons(verify_cache(cache, images=images, vae=vae_path, device="cpu"))
+    found = reasons(verify_cache(cache, images=images, vae=opened_vae))
     assert "gives another latent: latents is" in found or "gives another latent: z is" in found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.codec.verify import verify_cache
@@ -49,11 +50,11 @@ def check(out: Path, format: str, num_items: int) -> Manifest:
 
 @each_format
 def test_the_manifest_lists_every_latent_with_its_digest(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, opened_vae: OpenedVae, format: str
 ) -> None:
     images = make_images(tmp_path / "images", SIZES)
     report = encode_folder(
-        images, tmp_path / "out", vae=vae_path, options=EncodeOptions(store="mode", **two_to_a_shard(format))
+        images, tmp_path / "out", vae=opened_vae, options=EncodeOptions(store="mode", **two_to_a_shard(format))
     )
     assert report.manifest == str(tmp_path / "out/manifest.jsonl")
     check(tmp_path / "out", format, 3)
@@ -76,29 +77,29 @@ def test_the_manifest_lists_every_latent_with_its_digest(
 
 @each_format
 def test_runs_over_different_images_are_listed_together(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str
 ) -> None:
     one, out = make_images(tmp_path / "one", SIZES), tmp_path / "out"
     two = make_images(tmp_path / "two", {"x.png": (64, 64), "y.png": (64, 64)})
-    encode_folder(one, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
-    encode_folder(two, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
+    encode_folder(one, out, vae=opened_vae, options=EncodeOptions(**two_to_a_shard(format)))
+    encode_folder(two, out, vae=opened_vae, options=EncodeOptions(**two_to_a_shard(format)))
     check(out, format, 5)
     make_images(one, {"a.png": (128, 64)})
-    encode_folder(one, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
+    encode_folder(one, out, vae=opened_vae, options=EncodeOptions(**two_to_a_shard(format)))
     manifest = check(out, format, 5)
     assert len({item.key for file in manifest.files.values() for item in file.items}) == 5
     for path in FORMATS[format].find_files(out)[:1]:
         path.unlink()
-    encode_folder(two, out, vae=vae_path, options=EncodeOptions(**two_to_a_shard(format)))
+    encode_folder(two, out, vae=opened_vae, options=EncodeOptions(**two_to_a_shard(format)))
     check(out, format, read_manifest(out).num_items)
 
 
 @each_format
 def test_what_is_listed_and_unchanged_is_not_read_again(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, out = make_images(tmp_path / "images", SIZES), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     before, times = (out / "manifest.jsonl").read_bytes(), (out / "manifest.jsonl").stat().st_mtime_ns
     read: list[Path] = []
 
@@ -109,26 +110,26 @@ def test_what_is_listed_and_unchanged_is_not_read_again(
         return read_items(self, path)
 
     monkeypatch.setattr(CacheFormat, "read_items", counting)
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     assert read == [] and (out / "manifest.jsonl").stat().st_mtime_ns == times
     touched = FORMATS[format].find_files(out)[0]
     os.utime(touched, (1, 1))
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     assert read == [touched]
     check(out, format, 3)
     read.clear()
     (out / "manifest.jsonl").unlink()  # as in a folder that an earlier version wrote
     os.utime(touched, ns=(1, json.loads(before.splitlines()[1])["mtime_ns"]))
-    encode_folder(images, out, vae=vae_path, options=EncodeOptions(format=format))
+    encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format=format))
     assert sorted(read) == FORMATS[format].find_files(out)
     assert (out / "manifest.jsonl").read_bytes() == before
 
 
 def test_latents_of_two_vaes_in_one_folder_have_their_settings_each(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, other_vae_path: Path
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, opened_vae: OpenedVae, other_vae_path: Path
 ) -> None:
     images, out = make_images(tmp_path / "images", {"a.png": (16, 16), "b.png": (16, 16)}), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     encode_folder(images / "b.png", out, vae=other_vae_path)
     manifest = check(out, "safetensors", 2)
     names = [manifest.settings[index].vae.name for file in manifest.files.values() for index in file.settings]
@@ -169,11 +170,11 @@ def test_a_manifest_of_before_the_statistics_of_the_vae_is_read_and_brought_up_t
 
 
 def test_a_manifest_of_a_version_whose_settings_had_other_fields_is_read(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     """Its digests are over the fields of then; the settings still are those of the latents."""
     out = tmp_path / "out"
-    encode_folder(make_images(tmp_path / "images", {"a.png": (16, 16)}), out, vae=vae_path)
+    encode_folder(make_images(tmp_path / "images", {"a.png": (16, 16)}), out, vae=opened_vae)
     expected = read_manifest(out)
     header, line = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
     (settings,) = header["settings"].values()
@@ -189,52 +190,54 @@ def test_a_manifest_of_a_version_whose_settings_had_other_fields_is_read(
 
 
 def test_until_a_run_is_done_what_it_replaces_is_not_listed(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, out = make_images(tmp_path / "images", {f"{i}.png": (16, 16) for i in range(4)}), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     make_images(images, {"0.png": (24, 16), "2.png": (24, 16)})
     listed: list[list[str]] = []
 
     def look(*_: int) -> None:
         listed.append(list(read_manifest(out).files))
 
-    encode_folder(images, out, vae=vae_path, on_progress=look)
+    encode_folder(images, out, vae=opened_vae, on_progress=look)
     assert listed == [["1.png.safetensors", "3.png.safetensors"]] * 2
     check(out, "safetensors", 4)
 
 
-def test_files_of_others_are_not_listed(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_files_of_others_are_not_listed(
+    tmp_path: Path, make_images: MakeImages, vae_path: Path, opened_vae: OpenedVae
+) -> None:
     images, out = make_images(tmp_path / "images", {"a.png": (16, 16)}), tmp_path / "out"
     shutil.copytree(vae_path, out / "vae")
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     (out / ".hidden.safetensors").write_bytes(b"")
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     assert list(read_manifest(out).files) == ["a.png.safetensors"]
-    assert decode_folder(out / "a.png.safetensors", tmp_path / "decoded", vae=vae_path).done == 1
+    assert decode_folder(out / "a.png.safetensors", tmp_path / "decoded", vae=opened_vae).done == 1
 
 
 def test_a_manifest_of_others_is_replaced_only_when_asked(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16)})
     (images / "manifest.jsonl").write_text('{"image": "a.png", "text": "a photograph"}\n')
     with pytest.raises(ConfigError, match="has no schema sdvae.latent-cache/2.*--overwrite"):
-        encode_folder(images, images, vae=vae_path)
+        encode_folder(images, images, vae=opened_vae)
     assert read_state(tmp_path / "manifest.jsonl") is None
-    encode_folder(images, images, vae=vae_path, options=EncodeOptions(overwrite=True))
+    encode_folder(images, images, vae=opened_vae, options=EncodeOptions(overwrite=True))
     check(images, "safetensors", 1)
 
 
-def test_a_folder_of_another_format_is_refused(tmp_path: Path, make_images: MakeImages, vae_path: Path) -> None:
+def test_a_folder_of_another_format_is_refused(tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae) -> None:
     images, out = make_images(tmp_path / "images", {"a.png": (64, 64)}), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     for forget in (False, True):
         if forget:
             (out / "manifest.jsonl").unlink()
         with pytest.raises(ConfigError, match="holds latents of the format safetensors; one folder takes one format"):
-            encode_folder(images, out, vae=vae_path, options=EncodeOptions(format="webdataset", overwrite=True))
-    assert encode_folder(images, out, vae=vae_path).skipped == 1
+            encode_folder(images, out, vae=opened_vae, options=EncodeOptions(format="webdataset", overwrite=True))
+    assert encode_folder(images, out, vae=opened_vae).skipped == 1
 
 
 @pytest.mark.parametrize(
@@ -253,10 +256,14 @@ def test_a_folder_of_another_format_is_refused(tmp_path: Path, make_images: Make
     ],
 )
 def test_a_damaged_manifest_is_named(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, change: Callable[[list[str]], list[str]], reason: str
+    tmp_path: Path,
+    make_images: MakeImages,
+    opened_vae: OpenedVae,
+    change: Callable[[list[str]], list[str]],
+    reason: str,
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "b.png": (16, 16)})
-    encode_folder(images, tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "out", vae=opened_vae)
     path = tmp_path / "out/manifest.jsonl"
     path.write_text("".join(line + "\n" for line in change(path.read_text().splitlines())), encoding="utf-8")
     with pytest.raises(LatentFileError, match=f"manifest.jsonl: .*{reason}"):
@@ -264,23 +271,23 @@ def test_a_damaged_manifest_is_named(
 
 
 def test_an_edited_manifest_is_set_right_by_the_next_run(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images, out = make_images(tmp_path / "images", {"a.png": (16, 16), "b.png": (16, 16)}), tmp_path / "out"
-    encode_folder(images, out, vae=vae_path)
+    encode_folder(images, out, vae=opened_vae)
     path = out / "manifest.jsonl"
     right = path.read_text()
     for wrong in (right.replace('"settings": ["sha256', '"settings": ["sha999'), right[:-100]):
         path.write_text(wrong)
-        assert encode_folder(images, out, vae=vae_path).skipped == 2
+        assert encode_folder(images, out, vae=opened_vae).skipped == 2
         assert path.read_text() == right
 
 
 def test_a_manifest_that_is_read_is_the_one_that_was_written(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path
+    tmp_path: Path, make_images: MakeImages, opened_vae: OpenedVae
 ) -> None:
     images = make_images(tmp_path / "images", {"a.png": (16, 16), "é/b.png": (16, 16)})
-    encode_folder(images, tmp_path / "out", vae=vae_path)
+    encode_folder(images, tmp_path / "out", vae=opened_vae)
     manifest = read_manifest(tmp_path / "out")
     (tmp_path / "copy").mkdir()
     manifest.write(tmp_path / "copy")

@@ -9,10 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
+from vaes import vae_fields
 
 from sdvae.model.autoencoder import AutoencoderKL
-from sdvae.model.strips import maps as rows
-from sdvae.model.strips import passes as streaming
 
 
 class Pair(NamedTuple):
@@ -30,14 +29,7 @@ class Pair(NamedTuple):
 
 def _levels(*widths: int, groups: int = 4, **others: Any) -> dict[str, Any]:
     """Config fields of an autoencoder with these widths; without any, four narrow levels."""
-    widths = widths or (8, 16, 16, 16)
-    return {
-        "block_out_channels": widths,
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        "norm_num_groups": groups,
-        **others,
-    }
+    return vae_fields(*widths or (8, 16, 16, 16), norm_num_groups=groups, **others)
 
 
 def _random_weights(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
@@ -77,15 +69,6 @@ def levels() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def make_pair() -> Callable[..., Pair]:
     return _make_pair
-
-
-@pytest.fixture
-def tiny_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of 8 rows, and chunks of one strip, so that small images have many of both."""
-    monkeypatch.setattr(streaming, "LEAST_ROWS", 8)
-    monkeypatch.setattr(streaming, "STRIP_BYTES", 1)
-    monkeypatch.setattr(streaming, "block_tiles", lambda channels, phases: 1)
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 1)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdvae.checkpoints.store import to_diffusers
+from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.optimize import optimize
-from sdvae.model.strips import policy as execution
 
 Images = np.ndarray[Any, Any]
 
@@ -215,9 +216,10 @@ def test_an_optimized_pipeline_gives_equal_images_where_its_vae_runs_in_strips(
     expected = generate(build(kind, parts, stock), **arguments)
     strips: list[int] = []
     streamed = execution.streamed
-    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", 10**6)
-    monkeypatch.setattr(execution, "streamed", lambda *inputs: strips.append(1) or streamed(*inputs))
-    actual = generate(optimize(build(kind, parts, stock)), **arguments)
+    monkeypatch.setattr(execution, "streamed", lambda *inputs, **o: strips.append(1) or streamed(*inputs, **o))
+    pipeline = optimize(build(kind, parts, stock))
+    pipeline.vae.execution = replace(pipeline.vae.execution, fast_from=10**6)
+    actual = generate(pipeline, **arguments)
     assert actual.shape == (2, 128, 136, 3) and strips
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -32,7 +33,6 @@ from common import CONFIGS, OPERATIONS, build_vae, by_turns, make_input, run_vae
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.strips import maps as rows
 from sdvae.model.strips import passes as streaming
-from sdvae.model.strips import policy as execution
 
 Run = Callable[[Tensor], Tensor]
 
@@ -42,13 +42,13 @@ def in_tiles(*, convolutions: bool, upsampling: bool) -> Iterator[None]:
     """Strips, with these layers in tiles and the others as torch's convolutions."""
     build = streaming.build_kernel
 
-    def chosen(conv: nn.Conv2d, **options: Any) -> rows.Kernel:
-        if upsampling if options["upsampling"] else convolutions:
-            return build(conv, **options)
+    def chosen(conv: nn.Conv2d, resampling: rows.Resampling, *others: Any) -> rows.Kernel:
+        if upsampling if resampling == "up" else convolutions:
+            return build(conv, resampling, *others)
         with mock.patch.object(rows, "WINOGRAD_CHANNELS", 2**62):
-            return build(conv, **options)
+            return build(conv, resampling, *others)
 
-    with mock.patch.object(streaming, "build_kernel", chosen), mock.patch.object(execution, "FAST_MULTIPLICATIONS", 0):
+    with mock.patch.object(streaming, "build_kernel", chosen):
         yield
 
 
@@ -58,7 +58,7 @@ def steps(config: str, operation: str) -> dict[str, Run]:
     stock, plain = build_vae(StockAutoencoderKL, config), build_vae(AutoencoderKL, config)
     plain.to(memory_format=torch.channels_last)
     fast = build_vae(AutoencoderKL, config).to(memory_format=torch.channels_last)
-    fast.use_fast_path = True
+    fast.execution = replace(fast.execution, fast=True, fast_from=0)
 
     def strips(**choice: bool) -> Run:
         def run(x: Tensor) -> Tensor:

@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdvae.checkpoints.fit import DEFAULTS, build
 from sdvae.checkpoints.rewrite.fold_scale import rounded
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.layers import NORM_EPS
+from sdvae.model.network import Autoencoder
 
 __all__ = ["MAX_EXPONENT", "StreamScale", "epsilon_effect", "fp16_underflow", "rescale_streams"]
 
 MAX_EXPONENT = 64  # far beyond any use, and 2 ** 64 is still far inside float32
 
 
-# The layers of AutoencoderKL by their names; the first group is the block, the second the part of it.
-_BLOCK = r"(?:mid_block|(?:down|up)_blocks\.\d+)"
-_RESNET = re.compile(rf"((?:en|de)coder\.{_BLOCK}\.resnets\.\d+)\.(norm1|conv1|norm2|conv2|conv_shortcut)")
-_ATTENTION = re.compile(r"((?:en|de)coder\.mid_block\.attentions\.\d+)\.(group_norm|to_q|to_k|to_v|to_out\.0)")
-_RESAMPLER = re.compile(rf"(?:en|de)coder\.{_BLOCK}\.(?:down|up)samplers\.0\.conv")
-_ENDS = re.compile(r"(?:en|de)coder\.(?:conv_in|conv_norm_out|conv_out)")
-_REQUIRED = {
-    _RESNET: {"norm1", "conv1", "norm2", "conv2"},
-    _ATTENTION: {"group_norm", "to_q", "to_k", "to_v", "to_out.0"},
-}
-# Blocks whose layers are those above. Others may attend or resample in ways that a scale passes through.
+# Blocks that say what a scale does to them. Others may attend or resample in ways that it passes through.
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -67,10 +58,11 @@ class StreamScale:
 def rescale_streams(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], scale: StreamScale) -> dict[str, Tensor]:
     """Scale activations inside a VAE by powers of two that its next GroupNorm cancels, so that float16 can hold them.
 
-    What adds to the residual stream of a network is scaled: conv_in, the second convolution of every residual block
-    and the output projection of attention, with their biases; and of convolutions that the whole stream passes through
+    What adds to the residual stream of a network is scaled, with its bias: conv_in, the second convolution of every
+    residual block and the output projection of attention; and of convolutions that the whole stream passes through
     (shortcuts, down- and upsampling) the biases alone. `scale.blocks` scales conv1 of a block, which its norm2
-    cancels; to_v of an attention, which to_out.0 undoes; or to_q, which to_k undoes.
+    cancels; to_v of an attention, which to_out.0 undoes; or to_q, which to_k undoes. Each block says so itself, in
+    `adds_to_stream` and `scales_inside`.
 
     A power of two rounds nothing, so opposite exponents restore the bits, except for weights that become subnormal in
     their dtype (`fp16_underflow`). The function changes by GroupNorm's epsilon alone, see `epsilon_effect`.
@@ -78,18 +70,18 @@ def rescale_streams(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], sc
     Raises: ConfigError for names of blocks that are not there; CheckpointError for layers without a GroupNorm that
     cancels the scale, and for weights that the dtype of their tensor cannot hold after it.
     """
-    _check_layout(tensors, fields)
+    network = _network(tensors, fields)
     exponents: Counter[str] = Counter()  # of tensors, by name
-    for network, exponent in (("encoder", scale.encoder), ("decoder", scale.decoder)):
-        for name in tensors:
-            if name.startswith(f"{network}.") and _feeds_stream(name):
-                exponents[name] += exponent
-    for block, exponent in scale.blocks.items():
-        for name, sign in _inside_block(block, tensors).items():
-            exponents[name] += sign * exponent
+    for name, module in network.named_modules():
+        exponent = scale.encoder if name.startswith("encoder") else scale.decoder
+        for part in getattr(module, "adds_to_stream", ()):
+            exponents[f"{name}.{part}"] += exponent
+    for name, exponent in scale.blocks.items():
+        for part, sign in _inside_block(name, network).items():
+            exponents[part] += sign * exponent
     result = dict(tensors)
     for name, exponent in exponents.items():
-        if exponent:
+        if exponent and name in tensors:  # not each block has a shortcut
             result[name] = rounded(name, tensors[name].double() * 2.0**exponent, tensors[name].dtype)
             _check_rounding(name, tensors[name], result[name], exponent)
     return result
@@ -121,31 +113,13 @@ def fp16_underflow(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     return shares
 
 
-def _feeds_stream(name: str) -> bool:
-    module, _, kind = name.rpartition(".")
-    if re.fullmatch(r"(?:en|de)coder\.conv_in", module):
-        return True
-    if match := _RESNET.fullmatch(module):
-        return match[2] == "conv2" or (match[2] == "conv_shortcut" and kind == "bias")
-    if match := _ATTENTION.fullmatch(module):
-        return match[2] == "to_out.0"
-    return bool(_RESAMPLER.fullmatch(module)) and kind == "bias"
-
-
-def _inside_block(block: str, tensors: Iterable[str]) -> dict[str, int]:
+def _inside_block(block: str, network: Autoencoder) -> dict[str, int]:
     """The tensors to scale for a name in `StreamScale.blocks`, each with 1 or, for the inverse, -1."""
-    choices: dict[str, dict[str, int]] = {}
-    for name in tensors:
-        module = name.rpartition(".")[0]
-        if (match := _RESNET.fullmatch(module)) and match[2] == "conv1":
-            choices.setdefault(match[1], {})[name] = 1
-        elif match := _ATTENTION.fullmatch(module):
-            if match[2] == "to_v":
-                choices.setdefault(match[1], {})[name] = 1
-            elif name.endswith(".to_out.0.weight"):
-                choices.setdefault(match[1], {})[name] = -1
-            elif match[2] in ("to_q", "to_k"):
-                choices.setdefault(f"{match[1]}.to_q", {})[name] = 1 if match[2] == "to_q" else -1
+    choices = {
+        name + suffix: {f"{name}.{part}": sign for part, sign in parts.items()}
+        for name, module in network.named_modules()
+        for suffix, parts in getattr(module, "scales_inside", {}).items()
+    }
     if block not in choices:
         near = difflib.get_close_matches(block, choices, n=1)
         raise ConfigError(
@@ -154,29 +128,20 @@ def _inside_block(block: str, tensors: Iterable[str]) -> dict[str, int]:
     return choices[block]
 
 
-def _check_layout(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-    """Every layer is one that the rescaling knows, and has its norms: the scale would pass through any other."""
+def _network(tensors: Mapping[str, Any], fields: Mapping[str, Any]) -> Autoencoder:
+    """The network of these tensors, without weights; a scale would pass through any layer that it does not have."""
     for field_name, known in _BLOCK_TYPES.items():
         if bad := set(fields.get(field_name, (known,))) - {known}:
             raise CheckpointError(f"{field_name} has {sorted(bad)}; only '{known}' can be rescaled")
-    names = [name.rpartition(".") for name in tensors if name.startswith(("encoder.", "decoder."))]
-    layers = (_RESNET, _ATTENTION, _RESAMPLER, _ENDS)
-    unknown = [
-        f"{module}.{kind}"
-        for module, _, kind in names
-        if kind not in ("weight", "bias") or not any(layer.fullmatch(module) for layer in layers)
-    ]
-    if unknown:
+    network = build({name: value for name, value in fields.items() if name in DEFAULTS}, "the VAE to rescale")
+    expected = network.state_dict().keys()
+    if unknown := tensors.keys() - expected:
         raise CheckpointError(f"{len(unknown)} tensors are not of AutoencoderKL, first {min(unknown)}; cannot rescale")
-    modules = {module for module, _, _ in names}
-    missing = {f"{net}.{end}" for net in ("encoder", "decoder") for end in ("conv_in", "conv_norm_out")} - modules
-    for pattern, parts in _REQUIRED.items():
-        blocks = {match[1] for module in modules if (match := pattern.fullmatch(module))}
-        missing |= {f"{block}.{part}" for block in blocks for part in parts} - modules
-    if missing:
+    if missing := {name.rpartition(".")[0] for name in expected - tensors.keys()}:
         raise CheckpointError(
             f"{len(missing)} layers are missing, first {min(missing)}; a network without its norms cancels no scale"
         )
+    return network
 
 
 def _check_rounding(name: str, before: Tensor, after: Tensor, exponent: int) -> None:

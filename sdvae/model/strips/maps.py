@@ -1,8 +1,9 @@
 """Feature maps that are computed some rows at a time: the parts that exact execution in strips is made of.
 
 A `Rows` is a feature map of one image, (H, W, C), of which rows are asked for. `Stored` has them in memory; a `Layer`
-computes them from the rows of another `Rows`, as many more as its convolution looks at, so the result has no seams. The
-network, and how much of it is stored, is decided in `passes.py`.
+computes them from the rows of another `Rows`, as many more as its convolution looks at, so the result has no seams. How
+much of a network is stored is decided in `passes.py`; which layers it has is written beside each `forward`, in
+`sdvae/model/layers.py`.
 
 Letters of the shape comments: n rows of a strip, H, W and C height, width and channels of the layer.
 """
@@ -15,6 +16,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +31,14 @@ __all__ = [
     "Memory",
     "Moments",
     "Norm",
+    "NotInStrips",
+    "Resampling",
     "Rows",
     "Stored",
     "build_kernel",
     "forget_scratch",
-    "local_scratch",
+    "transform_for",
 ]
-
-# Chunks above the size from which glibc's malloc gives memory straight back to the system when it is freed.
-CHUNK_BYTES = 40 * 2**20
 
 
 def _computing(dtype: torch.dtype) -> torch.dtype:
@@ -60,25 +61,24 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Mean and biased variance of each group of channels over some rows; each (groups,), float64."""
+    """Mean and biased variance of each channel over some rows; each (C,), float64."""
 
-    count: int  # values of a group
+    count: int  # values of a channel
     mean: Tensor
     var: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, groups: int) -> Moments:
+    def of(cls, x: Tensor) -> Moments:
         """x: (n, W, C), contiguous."""
         with _one_thread(x.device):
-            return cls._of(x, groups)
+            return cls._of(x)
 
     @classmethod
-    def _of(cls, x: Tensor, groups: int) -> Moments:
+    def _of(cls, x: Tensor) -> Moments:
         rows, width, channels = x.shape
-        count = rows * width * channels // groups
+        count = rows * width
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            values = x.to(_computing(x.dtype)).view(-1, groups, channels // groups)
-            var, mean = torch.var_mean(values, dim=(0, 2), correction=0)
+            var, mean = torch.var_mean(x.to(_computing(x.dtype)).view(-1, channels), dim=0, correction=0)
             return cls(count, mean.double(), var.double())
         folded = width
         while folded % 2 == 0 and rows * (width // folded) < 128:
@@ -87,10 +87,10 @@ class Moments:
         # takes twenty times as long in this layout.
         lines = x.view(1, -1, 1, folded * channels).permute(0, 3, 1, 2)  # (1, folded * C, H', 1)
         means, variances = (
-            part.double().view(folded, groups, -1) for part in torch.batch_norm_update_stats(lines, None, None, 0.0)
+            part.double().view(folded, channels) for part in torch.batch_norm_update_stats(lines, None, None, 0.0)
         )
-        mean = means.mean((0, 2))
-        return cls(count, mean, (variances + (means - mean[:, None]).square()).mean((0, 2)))
+        mean = means.mean(0)
+        return cls(count, mean, (variances + (means - mean).square()).mean(0))
 
     @classmethod
     def merged(cls, parts: Sequence[Moments]) -> Moments:
@@ -100,6 +100,12 @@ class Moments:
         means, variances = (torch.stack([getattr(part, name) for part in parts]) for name in ("mean", "var"))
         mean = weights @ means
         return cls(count, mean, weights @ (variances + (means - mean).square()))
+
+    def of_groups(self, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group of channels. Returns: each (num_groups,), float64."""
+        means, variances = (values.view(num_groups, -1) for values in (self.mean, self.var))
+        mean = means.mean(1)
+        return mean, (variances + (means - mean[:, None]).square()).mean(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +118,9 @@ class Norm:
 
     @classmethod
     def of(cls, layer: nn.GroupNorm, moments: Moments, activation: Callable[[Tensor], Tensor]) -> Norm:
-        scale = (moments.var + layer.eps).rsqrt()[:, None] * layer.weight.double().view(layer.num_groups, -1)
-        shift = layer.bias.double().view(layer.num_groups, -1) - moments.mean[:, None] * scale
+        mean, var = moments.of_groups(layer.num_groups)
+        scale = (var + layer.eps).rsqrt()[:, None] * layer.weight.double().view(layer.num_groups, -1)
+        shift = layer.bias.double().view(layer.num_groups, -1) - mean[:, None] * scale
         dtype = _computing(layer.weight.dtype)
         return cls(scale.flatten().to(dtype), shift.flatten().to(dtype), activation)
 
@@ -140,17 +147,18 @@ class Rows(ABC):
     def num_values(self) -> int:
         return self.height * self.width * self.channels
 
-    @property
-    @abstractmethod
-    def stored_values(self) -> int:
-        """Of the maps in memory that its rows are read or computed from."""
-
     @abstractmethod
     def pieces(self, start: int, stop: int) -> list[Tensor]:
         """The rows from start to stop, in one or more tensors (n, W, C)."""
 
-    def release(self, before: int) -> None:  # noqa: B027  what stores nothing has nothing to release
+    def first_rows(self, start: int) -> dict[Stored, int]:
+        """The maps in memory that rows from start on are computed from, and the first row that is needed of each."""
+        return {}
+
+    def release(self, before: int) -> None:
         """No row before this one will be asked for again."""
+        for stored, first in self.first_rows(before).items():
+            stored.give_back(first)
 
 
 class Image(Rows):
@@ -159,10 +167,6 @@ class Image(Rows):
     def __init__(self, x: Tensor) -> None:
         self._x = x
         self.channels, self.height, self.width = x.shape
-
-    @property
-    def stored_values(self) -> int:
-        return 0  # it is not ours
 
     def pieces(self, start: int, stop: int) -> list[Tensor]:
         return [self._x[:, start:stop].permute(1, 2, 0)]
@@ -194,24 +198,24 @@ class Memory:
 class Stored(Rows):
     """Rows in memory, in chunks, so that those which are used up can be given back while others are written."""
 
-    def __init__(self, height: int, width: int, channels: int, memory: Memory, strip: int) -> None:
+    def __init__(self, height: int, width: int, channels: int, memory: Memory, strip: int, chunk_bytes: int) -> None:
         self.height, self.width, self.channels = height, width, channels
         self._memory = memory
         row_bytes = width * channels * memory.like.element_size()
-        chunk_rows = strip * max(1, CHUNK_BYTES // (strip * row_bytes))
+        chunk_rows = strip * max(1, chunk_bytes // (strip * row_bytes))
+        self.is_released = False
         self._chunk_rows = min(chunk_rows, -(-height // strip) * strip)
         self._chunks: list[Tensor | None] = [None] * -(-height // self._chunk_rows)
 
     @classmethod
     def of(cls, whole: Tensor, memory: Memory) -> Stored:
         """Rows that are there already. whole: (H, W, C), contiguous."""
-        stored = cls(whole.shape[0], whole.shape[1], whole.shape[2], memory, strip=whole.shape[0])
+        stored = cls(whole.shape[0], whole.shape[1], whole.shape[2], memory, strip=whole.shape[0], chunk_bytes=0)
         stored._chunk_rows, stored._chunks = whole.shape[0], [whole]
         return stored
 
-    @property
-    def stored_values(self) -> int:
-        return self.num_values
+    def first_rows(self, start: int) -> dict[Stored, int]:
+        return {self: start}
 
     def place(self, start: int, stop: int) -> Tensor:
         """Where rows are to be written, (n, W, C); they must not cross the border of a chunk, as no strip does."""
@@ -231,8 +235,10 @@ class Stored(Rows):
             start += len(found[-1])
         return found
 
-    def release(self, before: int) -> None:
-        used_up = len(self._chunks) if before >= self.height else before // self._chunk_rows
+    def give_back(self, before: int) -> None:
+        """Free the rows before this one, as far as they fill chunks."""
+        self.is_released = before >= self.height
+        used_up = len(self._chunks) if self.is_released else before // self._chunk_rows
         for index in range(used_up):
             if (chunk := self._chunks[index]) is not None:
                 self._memory.give_back(chunk)
@@ -242,6 +248,14 @@ class Stored(Rows):
         """All rows. Returns: (H, W, C)."""
         pieces = self.pieces(0, self.height)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class NotInStrips(Exception):
+    """The convolution `conv` is none that strips can compute."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.extra_repr())
+        self.conv = conv
 
 
 class Kernel(ABC):
@@ -267,34 +281,54 @@ class Kernel(ABC):
 
 
 class _Direct(Kernel):
-    """torch's convolution."""
+    """torch's convolution of stride 1, with as many rows and columns as before."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int) -> None:
-        self._weight, self._bias, self._stride = weight, bias, stride
-        self.channels = len(weight)
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._conv = conv
+        self._padding = conv.kernel_size[0] // 2
+        self.channels = conv.out_channels
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        return height // self._stride, width // self._stride
+        return height, width
 
     def window(self, start: int, stop: int) -> tuple[int, int]:
-        if self._stride == 2:  # the family pads at the bottom and the right only
-            return 2 * start, 2 * stop + 1
-        return start - 1, stop + 1
+        return start - self._padding, stop + self._padding
 
     def frame(self, rows: int, width: int) -> tuple[int, int, int]:
-        return (rows, 2 * (width // 2) + 1, 0) if self._stride == 2 else (rows, width + 2, 1)
+        return rows, width + 2 * self._padding, self._padding
+
+    def apply(self, padded: Tensor, start: int, out: Tensor, scratch: Scratch) -> None:
+        conv, x = self._conv, padded.permute(2, 0, 1)[None]  # (1, C, rows, columns), in channels_last
+        out.copy_(F.conv2d(x, conv.weight, conv.bias, groups=conv.groups)[0].permute(1, 2, 0))
+
+
+class _DirectDownsampling(Kernel):
+    """torch's 3x3 convolution of stride 2, padded at the bottom and the right only."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._conv = conv
+        self.channels = conv.out_channels
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return height // 2, width // 2
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        return 2 * start, 2 * stop + 1
+
+    def frame(self, rows: int, width: int) -> tuple[int, int, int]:
+        return rows, 2 * (width // 2) + 1, 0
 
     def apply(self, padded: Tensor, start: int, out: Tensor, scratch: Scratch) -> None:
         x = padded.permute(2, 0, 1)[None]  # (1, C, rows, columns), in channels_last
-        out.copy_(F.conv2d(x, self._weight, self._bias, self._stride)[0].permute(1, 2, 0))
+        out.copy_(F.conv2d(x, self._conv.weight, self._conv.bias, stride=2)[0].permute(1, 2, 0))
 
 
 class _DirectUpsampling(Kernel):
-    """Nearest neighbour to twice the size, then torch's convolution."""
+    """Nearest neighbour to twice the size, then torch's 3x3 convolution."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-        self.channels = len(weight)
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._conv = conv
+        self.channels = conv.out_channels
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         return 2 * height, 2 * width
@@ -307,7 +341,7 @@ class _DirectUpsampling(Kernel):
 
     def apply(self, padded: Tensor, start: int, out: Tensor, scratch: Scratch) -> None:
         large = F.interpolate(padded.permute(2, 0, 1)[None], scale_factor=2.0, mode="nearest")[:, :, 1:-1, 1:-1]
-        y = F.conv2d(large, self._weight, self._bias)[0].permute(1, 2, 0)
+        y = F.conv2d(large, self._conv.weight, self._conv.bias)[0].permute(1, 2, 0)
         out.copy_(y[start % 2 : start % 2 + len(out)])
 
 
@@ -346,27 +380,46 @@ def _whole_tiles(extent: int) -> int:
 # Of both sides of a convolution. Measured with 128 to 512 channels on a CPU with AVX-512.
 WINOGRAD_CHANNELS = 64
 
+Resampling = Literal["none", "down", "up"]  # what a convolution does to height and width: keep, halve or double them
+
+
+def transform_for(conv: nn.Conv2d, resampling: Resampling) -> TileTransform | None:
+    """The transform with which a convolution has fewer multiplications; None if that would not pay."""
+    if resampling == "down" or conv.groups != 1 or conv.kernel_size != (3, 3):
+        return None
+    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
+    return (UPSAMPLING if resampling == "up" else CONVOLUTION) if wide else None
+
 
 def build_kernel(
-    conv: nn.Conv2d, *, upsampling: bool, transformed: Callable[[nn.Conv2d, TileTransform], Tensor]
+    conv: nn.Conv2d, resampling: Resampling, transformed: Callable[[nn.Conv2d, TileTransform], Tensor]
 ) -> Kernel:
-    """The fastest way to compute a 3x3 convolution of stride 1 or 2, or an upsampling with one.
+    """The fastest way to compute a convolution.
 
     transformed: gives the weights of a module for a transform.
+    Raises: NotInStrips for a convolution whose window none of the ways has.
     """
-    wide = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS and conv.stride == (1, 1)
-    if wide and conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32:
-        transform = UPSAMPLING if upsampling else CONVOLUTION
+    side = conv.kernel_size[0]
+    window = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode)
+    fits = {
+        "none": window == ((side, side), (1, 1), (side // 2,) * 2, (1, 1), "zeros") and side % 2 == 1,
+        "down": window == ((3, 3), (2, 2), (0, 0), (1, 1), "zeros") and conv.groups == 1,
+        "up": window == ((3, 3), (1, 1), (1, 1), (1, 1), "zeros") and conv.groups == 1,
+    }
+    if not fits[resampling]:
+        raise NotInStrips(conv)
+    on_cpu = conv.weight.device.type == "cpu" and conv.weight.dtype == torch.float32
+    if on_cpu and (transform := transform_for(conv, resampling)) is not None:
         return _Winograd(transformed(conv, transform), conv.bias, transform)
-    if upsampling:
-        return _DirectUpsampling(conv.weight, conv.bias)
-    return _Direct(conv.weight, conv.bias, conv.stride[0])
+    if resampling == "none":
+        return _Direct(conv)
+    return _DirectDownsampling(conv) if resampling == "down" else _DirectUpsampling(conv)
 
 
 _local = threading.local()
 
 
-def local_scratch() -> Scratch:
+def _local_scratch() -> Scratch:
     """The intermediate results of this thread."""
     if not hasattr(_local, "scratch"):
         _local.scratch = Scratch()
@@ -410,12 +463,6 @@ class Layer(Rows):
     def source(self) -> Rows:
         return self._source
 
-    @property
-    def stored_values(self) -> int:
-        if self._shortcut is None or self._shortcut[0] is getattr(self._source, "source", None):
-            return self._source.stored_values
-        return self._source.stored_values + self._shortcut[0].stored_values
-
     def forget(self) -> None:
         """Free what was computed on the way, here and above, in all threads; none may be computing."""
         for layer in self._above():
@@ -429,13 +476,13 @@ class Layer(Rows):
             if isinstance(source, Layer):
                 yield from source._above()
 
-    def release(self, before: int) -> None:
-        first, _ = self._kernel.window(before, before)
-        if before >= self.height:
-            first = self._source.height
-        self._source.release(max(first, 0))
-        if self._shortcut is not None and self._shortcut[0] is not getattr(self._source, "source", None):
-            self._shortcut[0].release(before)  # else the convolutions look at rows above, and have released the others
+    def first_rows(self, start: int) -> dict[Stored, int]:
+        top = max(self._kernel.window(start, start)[0], 0) if start < self.height else self._source.height
+        found = self._source.first_rows(top)
+        if self._shortcut is not None:
+            for stored, first in self._shortcut[0].first_rows(start).items():
+                found[stored] = min(first, found.get(stored, first))
+        return found
 
     def compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows of the result. Returns: (n, W, C), `out`, or memory that this thread's next call writes to."""
@@ -445,7 +492,7 @@ class Layer(Rows):
         return self._compute(start, stop, out)
 
     def _compute(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        scratch = local_scratch()
+        scratch = _local_scratch()
         top, bottom = self._kernel.window(start, stop)
         inside = max(top, 0), min(bottom, self._source.height)
         pieces = self._source.pieces(*inside)  # before scratch memory is taken: they may be computed in it

@@ -71,6 +71,10 @@ class TileTransform:
     outputs: Tensor  # (4, n), float32
     phases: int  # outputs per input position, along a side
 
+    def shape_for(self, weight: Tensor) -> tuple[int, int, int]:
+        """Shape of `of_weight(weight)`."""
+        return len(self.weights) ** 2, weight.shape[1], weight.shape[0]
+
     def of_weight(self, weight: Tensor) -> Tensor:
         """Transformed weights. weight: (C_out, C, 3, 3). Returns: (K, C, C_out), float32."""
         both = torch.kron(self.weights, self.weights).to(weight)  # the columns' index first, as in `_convolve_block`

@@ -1,7 +1,8 @@
 """How a network is run: its plain `forward`, or in strips, because that is faster or because it fits into memory.
 
-`passes.py` does the strips; here is when. The plain `forward` is what training uses, and whatever strips cannot
-honour: gradients, hooks, compilation, tracing, autocast, layers that something replaced.
+`Execution` says what the user chose; `run` does it. The plain `forward` is what training uses, and whatever strips
+cannot honor: gradients, hooks, compilation, tracing, autocast, layers that something replaced. `strips/` computes the
+strips.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -17,47 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from sdvae.errors import ConfigError
-from sdvae.model.layers import (
-    Attention,
-    Decoder,
-    DownEncoderBlock2D,
-    Downsample2D,
-    Encoder,
-    GroupNorm,
-    ResnetBlock2D,
-    UNetMidBlock2D,
-    UpDecoderBlock2D,
-    Upsample2D,
-)
-from sdvae.model.strips.maps import WINOGRAD_CHANNELS
-from sdvae.model.strips.passes import least_bytes, most_bytes, streamed
+from sdvae.model.layers import Decoder, Encoder, GroupNorm
+from sdvae.model.strips.maps import NotInStrips
+from sdvae.model.strips.passes import StripSizes, streamed
+from sdvae.model.strips.plan import PassPlan, plan_pass
+from sdvae.model.tiling import blended_tiles
 
-__all__ = ["TILING_MODES", "available_bytes", "execute", "why_not_in_strips"]
+__all__ = ["Execution", "Tiling", "available_bytes", "run"]
 
-TILING_MODES = ("auto", "exact", "blended", "off")
+Tiling = Literal["auto", "exact", "blended", "off"]
 
 _compiled: WeakKeyDictionary[nn.Module, set[torch.Size]] = WeakKeyDictionary()  # shapes that networks are compiled for
 
 logger = logging.getLogger("sdvae")
 
-# What strips know how to compute. A subclass, or another type in one of these places, does something that they do not.
-_KNOWN = {
-    Attention,
-    Decoder,
-    DownEncoderBlock2D,
-    Downsample2D,
-    Encoder,
-    GroupNorm,
-    ResnetBlock2D,
-    UNetMidBlock2D,
-    UpDecoderBlock2D,
-    Upsample2D,
-    nn.Conv2d,
-    nn.Linear,
-    nn.ModuleList,
-}
+# Layers that strips compute themselves. Every other module must say in `in_strips` how it is computed.
+_LAYERS = {GroupNorm, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.ModuleList}
 _REPLACED = ("forward", "_conv_forward")  # the second is what makes images that can be laid side by side
-_CONV = ("zeros", (1, 1), 1)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_diffusers_hook")
 
 FREE_SHARE = 0.8  # of the memory that is free: the rest is for others, and for what an estimate misses
@@ -68,41 +48,78 @@ FREE_SHARE = 0.8  # of the memory that is free: the rest is for others, and for 
 FAST_MULTIPLICATIONS = 20 * 10**9
 
 
-def execute(
-    network: Encoder | Decoder, x: Tensor, *, fast: bool, mode: str = "off", max_bytes: int | None = None
-) -> Tensor:
-    """`network(x)`, to rounding.
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How `encode` and `decode` run. Beside blended tiles nothing here changes what comes out, except by rounding."""
 
-    x: (B, C, H, W). fast: in strips where that is faster.
-    mode: off; exact: in strips, in as much memory as there is; auto: in strips where the whole pass does not fit.
-    max_bytes: of memory, with what is in use now: of the process on a CPU, of its tensors on other devices. None: what
-        is free.
-    Raises: ConfigError where max_bytes is too little for this size, or exact is asked for and cannot be.
+    tile_sample_min_size: int  # px, of blended tiles
+    tile_latent_min_size: int  # the same in latent positions
+    tile_overlap_factor: float = 0.25  # share of a tile that two tiles have in common
+    slicing: bool = False  # run the images of a batch one by one
+    tiling: Tiling = "off"
+    max_memory_bytes: int | None = None  # for exact and auto, with what is in use already; None: what is free
+    fast: bool = False  # run in strips if that is faster
+    fast_from: int = FAST_MULTIPLICATIONS
+    sizes: StripSizes = field(default_factory=StripSizes)
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor, tile: int, out_tile: int) -> Tensor:
+        """`function(x)`, image by image or in blended tiles if that was chosen.
+
+        tile, out_tile: sizes of a tile in positions of x and of the result.
+        """
+        if self.slicing and x.shape[0] > 1:
+            return torch.cat([self.apply(function, image, tile, out_tile) for image in x.split(1)])
+        if self.tiling != "blended" or max(x.shape[-2:]) <= tile:
+            return function(x)
+        stride = int(tile * (1 - self.tile_overlap_factor))
+        blend = int(out_tile * self.tile_overlap_factor)
+        return blended_tiles(function, x, tile, stride, out_stride=out_tile - blend, blend=blend)
+
+
+def run(network: Encoder | Decoder, x: Tensor, execution: Execution) -> Tensor:
+    """`network(x)`, to rounding, in one pass or exactly in strips.
+
+    x: (B, C, H, W).
+    Raises: ConfigError if the memory limit is too low for this size, or if exact is asked for and cannot be.
     """
-    if mode == "off" and not fast:
+    exact, auto = execution.tiling == "exact", execution.tiling == "auto"
+    if not (exact or auto or execution.fast):
         return _forward(network, x)
-    if reason := why_not_in_strips(network, x):
-        if mode == "exact":
-            raise ConfigError(f"exact tiling is not possible {reason}")
+    if reason := _why_not_in_strips(network, x):
+        return _only_forward(network, x, exact, reason)
+    try:
+        plan = plan_pass(network, x, sizes=execution.sizes)
+    except NotInStrips as error:
+        name = next(name for name, module in network.named_modules() if module is error.conv)
+        return _only_forward(
+            network, x, exact, f"with the convolution {name}, which is no longer the usual one: {error}"
+        )
+    if exact or (execution.fast and _is_faster(plan, x, execution)):
+        return _in_strips(network, x, plan, execution)
+    if not auto:
         return _forward(network, x)
-    height, width = _image_size(network, x)
-    if mode == "exact" or (fast and _is_faster(network, x, height, width)):
-        return _in_strips(network, x, max_bytes)
-    if mode == "off":
-        return _forward(network, x)
-    budget = _budget(x.device, max_bytes)
-    if _whole_bytes(network, x) > budget and (x.device.type == "cpu" or max_bytes is not None):
-        return _in_strips(network, x, max_bytes)
+    budget = _budget(x.device, execution.max_memory_bytes)
+    # torch keeps the input, the normalized input and the output of the widest convolution, and a copy in another layout
+    whole_bytes = 2 * x.shape[0] * plan.most_bytes
+    if whole_bytes > budget and (x.device.type == "cpu" or execution.max_memory_bytes is not None):
+        return _in_strips(network, x, plan, execution)
     try:
         return _forward(network, x)
     except torch.OutOfMemoryError:
+        height, width = _image_size(network, x)
         logger.warning("out of memory at %d x %d px: went on in exact tiles", width, height)
     # Only here, where the exception is gone: its frames hold the tensors of the failed pass.
     _empty_cache(x.device)
-    return _in_strips(network, x, max_bytes)
+    return _in_strips(network, x, plan, execution)
 
 
-def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
+def _only_forward(network: Encoder | Decoder, x: Tensor, exact: bool, reason: str) -> Tensor:
+    if exact:
+        raise ConfigError(f"exact tiling is not possible {reason}")
+    return _forward(network, x)
+
+
+def _why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     """Why only `forward` can run this network now, as the end of a sentence; empty where strips can."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "while the network is compiled or traced"
@@ -118,16 +135,19 @@ def why_not_in_strips(network: nn.Module, x: Tensor) -> str:
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return "while hooks watch all layers"
     for name, module in network.named_modules():
-        if type(module) not in _KNOWN or not vars(module).keys().isdisjoint(_REPLACED):
+        if not _has_strips(type(module)) or not vars(module).keys().isdisjoint(_REPLACED):
             return f"with {type(module).__name__} in the place of a layer, at {name or 'the top'}"
-        if isinstance(module, nn.Conv2d) and (module.padding_mode, module.dilation, module.groups) != _CONV:
-            return f"with the convolution {name}, which is no longer the usual one: {module.extra_repr()}"
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             return f"while hooks watch the layer {name or 'at the top'}"
     weights = next(network.parameters())
     if (weights.device, weights.dtype) != (x.device, x.dtype):
         return f"for {x.dtype} on {x.device} with weights in {weights.dtype} on {weights.device}"
     return ""
+
+
+def _has_strips(kind: type[nn.Module]) -> bool:
+    """Whether strips compute what `forward` does: `in_strips` counts only in the class that defines `forward`."""
+    return kind in _LAYERS or next("in_strips" in vars(base) for base in kind.__mro__ if "forward" in vars(base))
 
 
 def _forward(network: Encoder | Decoder, x: Tensor) -> Tensor:
@@ -175,30 +195,27 @@ def _budget(device: torch.device, max_bytes: int | None) -> int:
     return max_bytes - (torch.cuda.memory_allocated(device) if device.type == "cuda" else _process_bytes())
 
 
-def _in_strips(network: Encoder | Decoder, x: Tensor, max_bytes: int | None) -> Tensor:
-    height, width = _image_size(network, x)
-    itemsize = x.element_size()
-    budget = _budget(x.device, max_bytes)
-    least = least_bytes(network, height, width, itemsize)
-    if most_bytes(network, height, width, itemsize) <= budget:
-        return streamed(network, x)
-    if budget < least:
-        raise _too_little(network, (height, width), least, budget, max_bytes)
+def _in_strips(network: Encoder | Decoder, x: Tensor, plan: PassPlan, execution: Execution) -> Tensor:
+    budget = _budget(x.device, execution.max_memory_bytes)
+    if plan.most_bytes <= budget:
+        return streamed(network, x, sizes=execution.sizes)
+    if budget < plan.least_bytes:
+        raise _too_little(network, x, plan.least_bytes, budget, execution.max_memory_bytes)
     while True:
         try:
-            return streamed(network, x, budget)
+            return streamed(network, x, budget, sizes=execution.sizes)
         except torch.OutOfMemoryError:
-            if budget // 2 < least:
+            if budget // 2 < plan.least_bytes:
                 raise
         budget //= 2
+        height, width = _image_size(network, x)
         logger.warning("out of memory at %d x %d px: went on in smaller tiles", width, height)
         _empty_cache(x.device)
 
 
-def _too_little(
-    network: Encoder | Decoder, size: tuple[int, int], least: int, budget: int, max_bytes: int | None
-) -> ConfigError:
+def _too_little(network: Encoder | Decoder, x: Tensor, least: int, budget: int, max_bytes: int | None) -> ConfigError:
     what = "decoding" if isinstance(network, Decoder) else "encoding"
+    height, width = _image_size(network, x)
     have = (
         f"{budget / 1e9:.1f} GB are free"
         if max_bytes is None
@@ -209,7 +226,7 @@ def _too_little(
         "use a machine with more" if max_bytes is None else f"give a max_memory of {need / 1e9 + 0.05:.1f} GB or more"
     )
     return ConfigError(
-        f"{what} {size[1]} x {size[0]} px exactly takes {least / 1e9:.1f} GB of memory for intermediate results, but "
+        f"{what} {width} x {height} px exactly takes {least / 1e9:.1f} GB of memory for intermediate results, but "
         f"{have}: {advice}, or take blended tiles, which are approximate (--tiling blended)"
     )
 
@@ -220,38 +237,10 @@ def _image_size(network: Encoder | Decoder, x: Tensor) -> tuple[int, int]:
     return ratio * x.shape[2], ratio * x.shape[3]
 
 
-def _is_faster(network: Encoder | Decoder, x: Tensor, height: int, width: int) -> bool:
+def _is_faster(plan: PassPlan, x: Tensor, execution: Execution) -> bool:
     """Whether strips are faster than `forward`: on a CPU, where layers in tiles save more than strips cost."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and _tiled_multiplications(network, height, width) >= FAST_MULTIPLICATIONS
-
-
-def _tiled_multiplications(network: Encoder | Decoder, height: int, width: int) -> int:
-    """Of the 3x3 convolutions that strips compute in tiles, if computed directly. height, width: of the image, px."""
-    levels = list(network.up_blocks)[::-1] if isinstance(network, Decoder) else list(network.down_blocks)
-    total = 0
-    for level, block in enumerate(levels):
-        resnets = list(block.resnets) + (list(network.mid_block.resnets) if block is levels[-1] else [])
-        per_pixel = 0
-        for resnet in resnets:
-            per_pixel += _if_tiled(resnet.conv1) + _if_tiled(resnet.conv2)
-        for upsample in getattr(block, "upsamplers", ()):
-            per_pixel += 4 * _if_tiled(upsample.conv)
-        total += per_pixel * (height >> level) * (width >> level)
-    return total
-
-
-def _if_tiled(conv: nn.Conv2d) -> int:
-    """Multiplications of an output pixel, 0 for a layer that is not computed in tiles."""
-    tiled = min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
-    return int(conv.weight.numel()) if tiled else 0
-
-
-def _whole_bytes(network: Encoder | Decoder, x: Tensor) -> int:
-    """About what `forward` takes at most for its intermediate results."""
-    # torch keeps the input, the normalised input and the output of the widest convolution, and a copy in another layout
-    height, width = _image_size(network, x)
-    return 2 * x.shape[0] * most_bytes(network, height, width, x.element_size())
+    return on_cpu and plan.tiled_multiplications >= execution.fast_from
 
 
 def _empty_cache(device: torch.device) -> None:

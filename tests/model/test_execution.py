@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -15,17 +16,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from PIL import Image
+from tiny_strips import TINY_STRIPS
 from torch import Tensor, nn
 
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
-from sdvae.evaluation.stress.seams import seam_score
-from sdvae.model import network as network_module
+from sdvae.evaluation.stress.seam_score import seam_score
+from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import compile_settings
+from sdvae.model.execution import run
+from sdvae.model.layers import Decoder, Encoder
 from sdvae.model.optimize import optimize
-from sdvae.model.strips import policy as execution
-from sdvae.model.strips.policy import execute
+from sdvae.model.strips.passes import Network
+from sdvae.model.strips.plan import plan_pass
 
 MINI = Path(str(resources.files("sdvae.assets") / "sdvae-mini"))
 PHOTO = Path(str(resources.files("sdvae.assets") / "photos" / "colosseum.jpg"))
@@ -42,12 +46,12 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     real = execution.streamed
 
-    def noted(network: nn.Module, x: Tensor, max_bytes: int | None = None) -> Tensor:
+    def noted(network: Network, x: Tensor, max_bytes: int | None = None, **options: Any) -> Tensor:
         seen.append("strips" if max_bytes is None else "limited strips")
-        return real(network, x, max_bytes)  # type: ignore[arg-type]
+        return real(network, x, max_bytes, **options)
 
     monkeypatch.setattr(execution, "streamed", noted)
-    for kind in (execution.Encoder, execution.Decoder):
+    for kind in (Encoder, Decoder):
         monkeypatch.setattr(kind, "forward", _noting(kind.forward, seen))
     return seen
 
@@ -67,6 +71,10 @@ def two_threads(with_threads: Callable[[int], None]) -> None:
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_fast(vae: AutoencoderKL) -> None:
+    vae.execution = replace(vae.execution, fast=True, fast_from=0)
 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
@@ -101,7 +109,7 @@ def test_each_mode_runs_what_it_says(vae: AutoencoderKL, ways: list[str]) -> Non
 def test_a_compiled_network_runs_as_it_is_and_each_shape_is_told_once(
     vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", 0)
+    vae.execution = replace(vae.execution, fast_from=0)
     z = noise(1, 4, 16, 12)
     expected = vae.decode(z).sample
     compiled: list[dict[str, object]] = []
@@ -159,28 +167,17 @@ def test_compiling_suits_the_device() -> None:
 
 
 @torch.no_grad()
-def test_a_blended_tile_is_one_pass_of_its_own(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
-
-    def noted(network: nn.Module, x: Tensor, *, fast: bool, mode: str, max_bytes: int | None) -> Tensor:
-        modes.append(mode)
-        return execute(network, x, fast=fast, mode=mode, max_bytes=max_bytes)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(network_module, "execute", noted)
-    for mode, expected in (("blended", "off"), ("exact", "exact"), ("auto", "auto")):
-        modes.clear()
-        vae.enable_tiling(mode)
-        vae.decode(noise(1, 4, 24, 24))
-        assert set(modes) == {expected} and (len(modes) > 1) == (mode == "blended")
+def test_a_blended_tile_is_one_pass_of_its_own(vae: AutoencoderKL, ways: list[str]) -> None:
+    vae.enable_tiling()
+    vae.decode(noise(1, 4, 24, 24))
+    assert ways == ["forward"] * 4
 
 
 @torch.no_grad()
-def test_the_fast_path_is_taken_from_so_many_multiplications_on(
-    vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", multiplications(vae.decoder, noise(1, 4, 32, 24)))
+def test_the_fast_path_is_taken_from_so_many_multiplications_on(vae: AutoencoderKL, ways: list[str]) -> None:
+    fast_from = multiplications(vae.decoder, noise(1, 4, 32, 24))
     ways.clear()
-    vae.use_fast_path = True
+    vae.execution = replace(vae.execution, fast=True, fast_from=fast_from)
     small, large = noise(1, 4, 31, 24), noise(1, 4, 32, 24)
     assert near(vae.decode(large).sample, vae.decoder.forward(vae.post_quant_conv(large)))  # type: ignore[misc]
     assert ways == ["strips", "forward"]
@@ -224,8 +221,9 @@ def test_strips_are_taken_where_they_were_faster(widths: tuple[int, ...], size: 
         vae = AutoencoderKL(block_out_channels=widths, layers_per_block=2, norm_num_groups=16, **blocks)
     x, z = torch.empty(1, 3, size, size), torch.empty(1, 4, size // 8, size // 8)
     for network, given, expected in zip((vae.encoder, vae.decoder), (x, z), faster, strict=True):
-        assert execution._tiled_multiplications(network, size, size) == multiplications(network, given.to("meta"))
-        assert execution._is_faster(network, given, size, size) == expected
+        plan = plan_pass(network, given)
+        assert plan.tiled_multiplications == multiplications(network, given.to("meta"))
+        assert execution._is_faster(plan, given, vae.execution) == expected
 
 
 @pytest.mark.parametrize(
@@ -322,22 +320,22 @@ def test_a_network_that_was_changed_is_run_as_it_is_and_exact_says_why_it_cannot
 ) -> None:
     change, reason = CHANGES[name]
     change(vae)
-    z = noise(1, 4, 64, 64)
+    z = noise(1, 4, 16, 16)
     expected = vae.decode(z).sample
     vae.enable_tiling("exact")
     with pytest.raises(ConfigError, match=f"exact tiling is not possible .*{reason}"):
         vae.decode(z)
     vae.enable_tiling("auto")
-    vae.use_fast_path = True
+    make_fast(vae)
     ways.clear()
     assert torch.equal(vae.decode(z).sample, expected) and ways == ["forward"]
 
 
 def test_hooks_see_every_pass_of_the_fast_path(vae: AutoencoderKL) -> None:
-    vae.use_fast_path = True
+    make_fast(vae)
     seen: list[int] = []
     handle = vae.decoder.up_blocks[0].register_forward_hook(lambda *_: seen.append(1))
-    z = noise(1, 4, 64, 64)
+    z = noise(1, 4, 16, 16)
     with torch.no_grad():
         vae.decode(z)
         handle.remove()
@@ -352,10 +350,10 @@ def test_hooks_see_every_pass_of_the_fast_path(vae: AutoencoderKL) -> None:
 
 
 def test_gradients_flow_as_before_and_exact_says_that_it_has_none(vae: AutoencoderKL, ways: list[str]) -> None:
-    z = noise(1, 4, 64, 64)
+    z = noise(1, 4, 16, 16)
     gradients = []
     for fast in (False, True):
-        vae.use_fast_path = fast
+        vae.execution = replace(vae.execution, fast=fast, fast_from=0)
         vae.zero_grad()
         vae.decode(z).sample.square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in vae.decoder.named_parameters() if p.grad is not None})
@@ -375,8 +373,8 @@ def test_gradients_flow_as_before_and_exact_says_that_it_has_none(vae: Autoencod
 
 @torch.no_grad()
 def test_autocast_is_honoured_by_forward_and_refused_by_exact(vae: AutoencoderKL, ways: list[str]) -> None:
-    z = noise(1, 4, 64, 64)
-    vae.use_fast_path = True
+    z = noise(1, 4, 16, 16)
+    make_fast(vae)
     with torch.autocast("cpu", torch.bfloat16):
         assert vae.decode(z).sample.dtype == torch.bfloat16 and ways == ["forward"]
         vae.enable_tiling("exact")
@@ -388,9 +386,9 @@ def test_autocast_is_honoured_by_forward_and_refused_by_exact(vae: AutoencoderKL
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_calls_take_the_plain_path(vae: AutoencoderKL, ways: list[str]) -> None:
-    z = noise(1, 4, 64, 64)
+    z = noise(1, 4, 16, 16)
     expected = vae.decode(z).sample
-    vae.requires_grad_(False).use_fast_path = True
+    make_fast(vae.requires_grad_(False))
     ways.clear()
     traced = torch.jit.trace(lambda x: vae.decode(x, return_dict=False)[0], z, check_trace=False)
     assert ways == ["forward"] and near(traced(z), expected)
@@ -400,9 +398,9 @@ def test_traced_calls_take_the_plain_path(vae: AutoencoderKL, ways: list[str]) -
 def test_torch_compile_gives_what_it_gives_without_the_fast_path(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z = noise(1, 4, 64, 64)
+    z = noise(1, 4, 16, 16)
     expected = vae.decode(z).sample
-    vae.use_fast_path = True
+    make_fast(vae)
     monkeypatch.setattr(execution, "streamed", None)
     try:
         compiled = torch.compile(vae.decode, backend="eager")
@@ -415,14 +413,14 @@ def test_torch_compile_gives_what_it_gives_without_the_fast_path(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("tiny_strips")
 def test_too_little_memory_is_refused_before_any_work_and_the_least_that_is_named_is_enough(
     vae: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(execution, "_process_bytes", lambda: 10**9)
     z = noise(1, 4, 64, 24)
     expected = vae.decode(z).sample
-    least = execution.least_bytes(vae.decoder, 128, 48)
+    vae.execution = replace(vae.execution, sizes=TINY_STRIPS)
+    least = plan_pass(vae.decoder, z, sizes=TINY_STRIPS).least_bytes
     vae.enable_tiling("exact", max_memory_bytes=10**9 + least - 1)
     ways.clear()
     with pytest.raises(ConfigError, match=r"decoding 48 x 128 px exactly takes .* GB or more") as caught:
@@ -441,7 +439,7 @@ def test_auto_goes_in_strips_where_the_whole_does_not_fit(
 ) -> None:
     z = noise(1, 4, 64, 24)
     expected = vae.decode(z).sample
-    for free, way in ((10**12, "forward"), (int(1.5 * execution.most_bytes(vae.decoder, 128, 48)), "strips")):
+    for free, way in ((10**12, "forward"), (int(1.5 * plan_pass(vae.decoder, z).most_bytes), "strips")):
         monkeypatch.setattr(execution, "available_bytes", lambda device, free=free: free)
         vae.enable_tiling("auto")
         ways.clear()
@@ -460,7 +458,7 @@ def test_out_of_memory_goes_on_in_strips_with_a_warning(
     def full(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(execution.Decoder, "forward", lambda self, x: full(x))
+    monkeypatch.setattr(Decoder, "forward", lambda self, x: full(x))
     with caplog.at_level(logging.WARNING, "sdvae"):
         assert near(vae.decode(z).sample, expected)
     assert "out of memory at 48 x 64 px: went on in exact tiles" in caplog.text
@@ -471,23 +469,24 @@ def test_out_of_memory_goes_on_in_strips_with_a_warning(
 
 
 @torch.no_grad()
-@pytest.mark.usefixtures("tiny_strips")
 def test_out_of_memory_in_strips_goes_on_in_smaller_ones_until_the_least(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     z = noise(1, 4, 32, 24)
     expected = vae.decode(z).sample
-    least = execution.least_bytes(vae.decoder, 64, 48)
+    vae.execution = replace(vae.execution, sizes=TINY_STRIPS)
+    plan = plan_pass(vae.decoder, z, sizes=TINY_STRIPS)
+    least = plan.least_bytes
     monkeypatch.setattr(execution, "_budget", lambda device, max_bytes: 5 * least)
-    monkeypatch.setattr(execution, "most_bytes", lambda *_: 10**12)
+    monkeypatch.setattr(execution, "plan_pass", lambda *_, **__: replace(plan, most_bytes=10**12))
     budgets: list[int] = []
     real = execution.streamed
 
-    def full(fits: int, network: Any, x: Tensor, budget: int) -> Tensor:
+    def full(fits: int, network: Any, x: Tensor, budget: int, **options: Any) -> Tensor:
         budgets.append(budget)
         if budget > fits:
             raise torch.OutOfMemoryError("planted")
-        return real(network, x, budget)
+        return real(network, x, budget, **options)
 
     vae.enable_tiling("exact")
     monkeypatch.setattr(execution, "streamed", partial(full, 2 * least))
@@ -500,17 +499,17 @@ def test_out_of_memory_in_strips_goes_on_in_smaller_ones_until_the_least(
 
 
 @torch.no_grad()
-def test_execute_refuses_nothing_that_forward_takes(vae: AutoencoderKL) -> None:
-    z = noise(2, 4, 64, 64)
-    assert near(execute(vae.decoder, z, fast=True), vae.decoder(z))
-    assert near(execute(vae.decoder, z, fast=False, mode="exact"), vae.decoder(z))
+def test_strips_refuse_nothing_that_forward_takes(vae: AutoencoderKL) -> None:
+    z = noise(2, 4, 16, 16)
+    for choice in ({"fast": True, "fast_from": 0}, {"tiling": "exact"}):
+        assert near(run(vae.decoder, z, replace(vae.execution, **choice)), vae.decoder(z))
 
 
 @torch.no_grad()
 @pytest.mark.usefixtures("two_threads")
 def test_a_model_serves_several_threads_at_once(vae: AutoencoderKL) -> None:
-    vae.use_fast_path = True
-    latents = [noise(1, 4, 64, 64, seed=seed) for seed in range(3)]
+    make_fast(vae)
+    latents = [noise(1, 4, 16, 16, seed=seed) for seed in range(3)]
     expected = [vae.decode(z).sample for z in latents]
     results: dict[int, Tensor] = {}
 
@@ -546,34 +545,35 @@ def to_levels(recon: Tensor) -> np.ndarray[Any, Any]:
 
 @torch.no_grad()
 def test_a_photograph_has_no_seam_in_exact_strips_and_has_some_in_blended_tiles(
-    bundled: AutoencoderKL, tiny_strips: None
+    bundled: AutoencoderKL,
 ) -> None:
     z = bundled.encode(photograph(256)).latent_dist.mode()
     reference = to_levels(bundled.decode(z).sample)
     places = {"rows": [64, 128, 192], "columns": [64, 128, 192]}  # borders of strips, and of tiles
+    before = bundled.execution
     try:
-        bundled.enable_tiling("exact")
+        bundled.execution = replace(before, tiling="exact", sizes=TINY_STRIPS)
         exact = to_levels(bundled.decode(z).sample)
         assert not seam_score(exact, reference, **places).found and not seam_score(exact, reference).found
         assert np.abs(exact.astype(int) - reference).max() <= 1
         bundled.enable_tiling(tile_size_px=64, overlap=0.0)
         assert seam_score(to_levels(bundled.decode(z).sample), reference, **places).found
     finally:
-        bundled.disable_tiling()
+        bundled.execution = before
 
 
 @torch.no_grad()
 def test_an_optimized_stock_vae_takes_strips_and_reconstructs_a_photograph_as_before(
-    bundled: AutoencoderKL, ways: list[str], monkeypatch: pytest.MonkeyPatch
+    bundled: AutoencoderKL, ways: list[str]
 ) -> None:
-    monkeypatch.setattr(execution, "FAST_MULTIPLICATIONS", 10**9)
     stock = to_diffusers(bundled)
     assert type(stock) is StockAutoencoderKL
     x = photograph(256)
     moments = stock.encode(x).latent_dist.parameters
     recon = stock.decode(moments[:, : moments.shape[1] // 2]).sample
     fast = optimize(stock)
-    assert fast.use_fast_path
+    assert fast.execution.fast
+    fast.execution = replace(fast.execution, fast_from=10**9)
     ways.clear()
     again = fast.encode(x).latent_dist.parameters
     torch.testing.assert_close(again, moments, rtol=0, atol=2e-4)
