@@ -132,7 +132,6 @@ class Work(ABC):
     def finish(self, output: Path) -> None:
         """Write an output all of whose files went through `write`, or failed. Raises: SdvaeError, OSError."""
         raise NotImplementedError
-        raise NotImplementedError
 
 
 def carry_out(work: Work, plan: Plan, on_progress: OnProgress | None = None) -> CodecTally:
