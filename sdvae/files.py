@@ -166,9 +166,9 @@ def _settle(fresh: Path, target: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             _sync_folder(path)
         elif path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1:
-            if path.suffix == ".safetensors":  # whose writer makes files for the owner alone
+            if path.suffix == ".safetensors":  # made for the owner alone; before version 0.8 for everyone
                 old = target / path.relative_to(fresh)
-                path.chmod(path.stat().st_mode | usual & (old.stat().st_mode if old.is_file() else 0o666))
+                path.chmod(0o600 | usual & (old.stat().st_mode if old.is_file() else 0o666))
             _sync(path)
     _sync_folder(fresh)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -34,9 +36,17 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Wait until every process is here. Raises: SdvaeError if another one has ended."""
-        self.gather(None)
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Within the context the main process goes first, so that the others find what it downloads or makes.
+
+        Raises: SdvaeError if another process has ended.
+        """
+        if not self.is_main:
+            self.gather(None)
+        yield
+        if self.is_main:
+            self.gather(None)
 
     def gather(self, result: Result) -> list[Result]:
         """Wait for the results of all processes. Returns: all of them, in the order of the ranks, to every process.

@@ -21,22 +21,13 @@ from sdvae._torchvision import ensure_torchvision_importable
 
 ensure_torchvision_importable()  # before anything here imports diffusers
 
+from vaes import build_vae  # noqa: E402
+
 from sdvae.checkpoints.opened import OpenedVae, open_vae  # noqa: E402
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder  # noqa: E402
 from sdvae.model.autoencoder import AutoencoderKL  # noqa: E402
 
-
-def _build_vae(seed: int, **fields: Any) -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 16, 16, 16),
-            norm_num_groups=4,
-            **fields,
-        )
-    return vae.eval()
+WIDTHS = (8, 16, 16, 16)
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +43,12 @@ def assets() -> Path:
 @pytest.fixture
 def tiny_vae() -> AutoencoderKL:
     """A small seeded f8 autoencoder with 4 latent channels, in eval mode."""
-    return _build_vae(0, sample_size=64)
+    return build_vae(*WIDTHS, sample_size=64)
 
 
 @pytest.fixture(scope="session")
 def vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_autoencoder(_build_vae(0, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "vae")
+    return save_autoencoder(build_vae(*WIDTHS, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "vae")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +59,7 @@ def opened_vae(vae_path: Path) -> OpenedVae:
 
 @pytest.fixture(scope="session")
 def other_vae_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_autoencoder(_build_vae(1, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "other")
+    return save_autoencoder(build_vae(*WIDTHS, seed=1, shift_factor=0.1), tmp_path_factory.mktemp("vae") / "other")
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def make_vae(tmp_path: Path) -> Callable[..., Path]:
     """Saves a small autoencoder with other fields, such as latent_channels, and perhaps with damaged weights."""
 
     def make(name: str = "made", damage: Callable[[AutoencoderKL], None] = lambda vae: None, **fields: Any) -> Path:
-        vae = _build_vae(0, **fields)
+        vae = build_vae(*WIDTHS, **fields)
         with torch.no_grad():
             damage(vae)
         return save_autoencoder(vae, tmp_path / "vaes" / name)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -143,17 +141,6 @@ def test_diffusers_is_imported_only_after_the_repair_of_torchvision() -> None:
         first = [at.start() for at in re.finditer(r"^ *(from|import) diffusers\b", source, re.MULTILINE)]
         typing = [at for at in first if source[:at].rstrip().endswith("if TYPE_CHECKING:")]
         assert repair and repair[0] < min(set(first) - set(typing)), name
-
-
-def test_public_names_exist_and_importing_the_package_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, sdvae\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'yaml', 'click'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "missing = [name for name in sdvae.__all__ if not getattr(sdvae, name)]\n"
-        "assert not missing, missing\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -25,7 +25,8 @@ def test_alone_a_process_is_the_main_one_and_waits_for_nobody(
         monkeypatch.setenv("RANK", "0")
     alone = join_processes("cpu")
     assert alone == Processes(0, 1) and alone.is_main and is_main_process()
-    alone.wait()
+    with alone.main_first():
+        pass
     assert alone.gather("mine") == ["mine"]
 
 

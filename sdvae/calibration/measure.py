@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdvae.calibration.result import Calibration, Present
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
-from sdvae.data.batches import OnProgress, Tally, compute_batches, default_workers
+from sdvae.data.batches import Member, OnProgress, Tally, compute_batches, default_workers
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
 from sdvae.data.sources.files import ImageFile, choose_images, find_images
 from sdvae.data.transforms import resize_and_crop
@@ -80,18 +80,6 @@ class CalibrateOptions:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    job: ImageFile
-    tensor: Tensor  # x (3, H, W)
-    digest: str  # of the file
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        height, width = self.tensor.shape[1:]
-        return width, height
-
-
 def calibrate(
     vae: str | Path | nn.Module | None,
     images: str | Path | Sequence[ImageFile],
@@ -119,6 +107,8 @@ def calibrate(
         raise ImageError(f"{images}: none of {len(files)} images could be used{first}")
     if not moments.varies.any():
         raise CheckpointError(f"{subject.name}: its latents are the same everywhere, so no scale makes their std 1")
+    shift, scale = (each.squeeze().numpy() for each in subject.scale.affine())  # (C,) or ()
+    present = Present(**asdict(subject.scale), std=moments.std(scale, shift), mean=moments.common_mean(scale, shift))
     return Calibration(
         vae=subject.name,
         vae_digest=subject.digest,
@@ -135,19 +125,10 @@ def calibrate(
         shift_factor=moments.common_mean(),
         scaling_factor_of_modes=moments.scaling_factor(of_modes=True) if has_posterior else None,
         channels=tuple(moments.channel(index) for index in range(moments.latent_channels)),
-        present=_present(subject, moments),
+        present=present,
         warnings=tuple(tally.warnings),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.key)),
         seconds=time.perf_counter() - started,
-    )
-
-
-def _present(subject: OpenedVae, moments: LatentMoments) -> Present:
-    shift, scale = (each.squeeze().numpy() for each in subject.scale.affine())  # (C,) or ()
-    return Present(
-        **asdict(subject.scale),
-        std=moments.std(scale, shift),
-        mean=moments.common_mean(scale, shift),
     )
 
 
@@ -159,18 +140,20 @@ def _measure(
     has_posterior = False
     digests: dict[str, str] = {}
 
-    def read(file: ImageFile) -> _Loaded:
-        loaded = _read(file, options)
-        digests[file.key] = loaded.digest
-        return loaded
-
-    def encode(batch: Sequence[_Loaded]) -> Encoding:
-        return subject.encode(torch.stack([member.tensor for member in batch]))
+    def read(file: ImageFile) -> Member:
+        content = file.read()
+        limit = options.max_pixels or DEFAULT_MAX_PIXELS
+        pixels = read_image_bytes(content.data, str(file.path), background=options.background, max_pixels=limit).pixels
+        if options.size is not None:
+            pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
+        member = Member(file, image_to_x(pixels))
+        digests[file.key] = content.digest
+        return member
 
     encodings = compute_batches(
         files,
         read,
-        encode,
+        lambda batch: subject.encode(torch.stack([member.tensor for member in batch])),
         tally,
         workers=options.num_workers,
         batch_size=options.batch_size,
@@ -192,15 +175,6 @@ def _measure(
     for key in (file.key for file in files if file.key in digests):
         whole.update(f"{key}\0{digests[key]}\n".encode(errors="surrogateescape"))
     return moments, has_posterior, f"sha256:{whole.hexdigest()}"
-
-
-def _read(file: ImageFile, options: CalibrateOptions) -> _Loaded:
-    content = file.read()
-    limit = options.max_pixels or DEFAULT_MAX_PIXELS
-    pixels = read_image_bytes(content.data, str(file.path), background=options.background, max_pixels=limit).pixels
-    if options.size is not None:
-        pixels = resize_and_crop(pixels, options.size, options.crop)  # type: ignore[arg-type]
-    return _Loaded(file, image_to_x(pixels), content.digest)
 
 
 def _finite(encoding: Encoding) -> Tensor:

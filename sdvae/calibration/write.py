@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sdvae.calibration.result import Calibration
-from sdvae.checkpoints.fit import DEFAULTS
+from sdvae.checkpoints.fit import DEFAULTS, autoencoder_digest
 from sdvae.checkpoints.formats import CLASS_NAME, SCALE_FIELDS, read_json
 from sdvae.checkpoints.notes import config_to_update, notes_of, update_config
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, bundled_path, load_network
+from sdvae.checkpoints.store import BUNDLED_NAME, bundled_path, load_network
 from sdvae.errors import ConfigError
 
 __all__ = ["Written", "check_writable", "write_calibration"]

@@ -78,7 +78,8 @@ def push(
         the installed diffusers uploads in another way; CheckpointError for a VAE that does not load, and where the hub
         refuses or cannot be reached, with the remedy.
     """
-    from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+    from sdvae.checkpoints.fit import autoencoder_digest
+    from sdvae.checkpoints.store import load_autoencoder
 
     path = Path(folder).expanduser()
     _check_name(repo)
@@ -149,7 +150,7 @@ def _check_diffusers(vae: Any) -> None:
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"diffusers {version('diffusers')} uploads in another way than sdvae knows: {error}. Install diffusers "
-            "0.36 to 0.42, or upload the files yourself: `hf upload REPO DIR`"
+            "0.37 to 0.42, or upload the files yourself: `hf upload REPO DIR`"
         ) from error
 
 

@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from sdvae.card.text import public_text, published
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import CONFIG_NAME
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.errors import ConfigError
 from sdvae.report.text import count
 

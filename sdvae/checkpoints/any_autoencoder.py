@@ -16,37 +16,28 @@ import torch
 from torch import nn
 
 from sdvae._torchvision import ensure_torchvision_importable
-from sdvae.checkpoints import formats, read, store
 from sdvae.checkpoints.fit import config_fields, first_not_finite, key_problems
-from sdvae.checkpoints.formats import CLASS_NAME
 from sdvae.checkpoints.keys import current_attention_names
+from sdvae.checkpoints.read import read_weights
 from sdvae.errors import CheckpointError
 
-__all__ = ["load_any_autoencoder"]
+__all__ = ["load_other_class"]
 
 
-def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
+def load_other_class(config: Mapping[str, Any], config_path: Path, weights: Path) -> nn.Module:
     """Load an autoencoder of images, of the class that its config.json names: float32, on the CPU, in eval mode.
 
-    ref: as for `load_autoencoder`. An AutoencoderKL comes as ours, any other class as diffusers'.
     Raises: CheckpointError for a class that diffusers does not have or that is made for video, for a configuration that
-        does not describe it, and for damaged, misfitting, non-finite or unsafe weights; MissingWeightsError where there
-        is nothing to load.
+        does not describe it, and for damaged, misfitting, non-finite or unsafe weights.
     """
-    found = read.locate(ref)  # a file that says itself that it is an AutoencoderKL has no config here
-    config = formats.read_json(found.config) if found.config else {}
-    name = config.get("_class_name", CLASS_NAME)
-    if found.config is None or name == CLASS_NAME:
-        return store.load_network(found.weights if found.weights.suffix != ".json" else found.weights.parent)
-    config_path = found.config
-    model = _build(_class(str(name), config_path), config, config_path)
-    stored = read.read_weights(found.weights)
+    model = _build(_class(str(config["_class_name"]), config_path), config, config_path)
+    stored = read_weights(weights)
     names = current_attention_names(stored)
     tensors = {names[name]: tensor for name, tensor in stored.items()}
     if problems := key_problems(tensors, model.state_dict()):
-        raise CheckpointError(f"{found.weights}: the weights do not fit {config_path}: {problems}")
+        raise CheckpointError(f"{weights}: the weights do not fit {config_path}: {problems}")
     if bad := first_not_finite(tensors):
-        raise CheckpointError(f"{found.weights}: `{bad}` has values that are not finite")
+        raise CheckpointError(f"{weights}: `{bad}` has values that are not finite")
     model.load_state_dict(tensors, strict=True)  # copied into the model's own float32, whatever the file has
     return model.eval()
 

@@ -95,9 +95,8 @@ def _load(ref: str | Path, found: Found, metadata: Mapping[str, str]) -> dict[st
 
 
 def _load_kl(ref: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    from sdvae.checkpoints.fit import config_fields
+    from sdvae.checkpoints.fit import autoencoder_digest, config_fields
     from sdvae.checkpoints.read import read_checkpoint
-    from sdvae.checkpoints.store import autoencoder_digest
 
     checkpoint = read_checkpoint(ref, local_files_only=True)
     vae = checkpoint.network
@@ -129,9 +128,8 @@ def _scale_origin(checkpoint: Checkpoint, metadata: Mapping[str, str]) -> str:
 
 
 def _load_other(ref: str | Path) -> dict[str, Any]:
-    from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
-    from sdvae.checkpoints.fit import config_fields
-    from sdvae.checkpoints.store import autoencoder_digest
+    from sdvae.checkpoints.fit import autoencoder_digest, config_fields
+    from sdvae.checkpoints.store import load_any_autoencoder
 
     model: Any = load_any_autoencoder(ref)
     remark = "no AutoencoderKL: it can be measured with `sdvae evaluate`; the other commands need an AutoencoderKL"

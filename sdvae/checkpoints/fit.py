@@ -1,8 +1,9 @@
-"""Whether weights and a configuration belong together, and are fit for use."""
+"""Whether weights and a configuration belong together, and are fit for use; and their identity, the digest of both."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from sdvae.model.network import Autoencoder, AutoencoderConfig
 
 __all__ = [
     "DEFAULTS",
+    "autoencoder_digest",
     "build",
     "check_fields",
     "config_fields",
@@ -32,6 +34,10 @@ __all__ = [
 
 # Every field of the configuration with the value that it has where config.json does not say.
 DEFAULTS: Mapping[str, Any] = AutoencoderConfig()
+
+# Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
+# about fp16. All others count, the scaling ones because they decide what latents mean.
+_NOT_IN_DIGEST = frozenset({"sample_size", "force_upcast"})
 
 
 def config_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,3 +140,28 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if not all(torch.isfinite(extreme) for extreme in values.aminmax()):
             return name
     return None
+
+
+def autoencoder_digest(vae: Any, config: Mapping[str, Any] | None = None) -> str:
+    """Identity of an autoencoder of any class: with equal digests, equal images have equal latents, up to rounding.
+
+    Covers all weights as float32 in the order of their names, and all config fields but `sample_size` and
+    `force_upcast`. Independent of device, memory format and storage, as long as the values are the same; a cast to half
+    precision changes them, so take the digest before it.
+    vae: ours, or a model of diffusers. config: in the place of the configuration that it has. Returns: "sha256:<hex>".
+    """
+    fields = config_fields(vae.config if config is None else config)
+    counting = {field: _plain(value) for field, value in fields.items() if field not in _NOT_IN_DIGEST}
+    digest = hashlib.sha256(json.dumps(counting, sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
+        # reshape copies only what lies in another order, such as channels_last
+        digest.update(tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _plain(value: Any) -> Any:
+    """One form for each config value: 1 is 1.0, and a tuple is a list."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

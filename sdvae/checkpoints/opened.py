@@ -16,9 +16,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import CLASS_NAME
-from sdvae.checkpoints.store import BUNDLED_NAME, autoencoder_digest, load_network
+from sdvae.checkpoints.store import BUNDLED_NAME, load_any_autoencoder, load_network
 from sdvae.data.transforms import pad_to_multiple, unpad
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.device import batch_pixels, choose_device, preferred_memory_format
@@ -118,19 +118,6 @@ class OpenedVae:
         if self.class_name == "AutoencoderTiny":
             return self.latent_channels == 4
         return self.class_name != "AutoencoderKLHunyuanImage"
-
-    def describe(self) -> dict[str, Any]:
-        """Which network it is, and its latent space: the fields of a result that are known before measuring."""
-        return {
-            "class_name": self.class_name,
-            "digest": self.digest,
-            "dtype": self.dtype_name,
-            "num_parameters": self.num_parameters,
-            "spatial_compression_ratio": self.spatial_compression_ratio,
-            "latent_channels": self.latent_channels,
-            "scaling_factor": self.scale.scaling_factor,
-            "shift_factor": self.scale.shift_factor,
-        }
 
     def _arranged(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=self.memory_format)

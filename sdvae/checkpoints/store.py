@@ -1,25 +1,25 @@
-"""Autoencoders on disk and on the hub: load, save, hand over to diffusers, identify by digest.
+"""Autoencoders on disk and on the hub: load, save, hand over to diffusers.
 
 What files hold is read and checked in `read`; how a folder takes another's place is in `files`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints import formats
+from sdvae.checkpoints.any_autoencoder import load_other_class
 from sdvae.checkpoints.fit import build, config_fields, config_json, first_not_finite, load_weights, misfit
 from sdvae.checkpoints.formats import CARD_NAME, CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, json_text
-from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, read_checkpoint
+from sdvae.checkpoints.read import BUNDLED_NAME, bundled_path, locate, read_checkpoint
 from sdvae.checkpoints.tensor_files import save_tensors
 from sdvae.errors import CheckpointError, ConfigError, some
 from sdvae.files import new_folder
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED_NAME",
-    "autoencoder_digest",
     "bundled_path",
     "keep_card",
+    "load_any_autoencoder",
     "load_autoencoder",
     "load_network",
     "save_autoencoder",
@@ -43,10 +43,6 @@ __all__ = [
 ]
 
 _OWN_FILE = re.compile(r"README\.md|config\.json|diffusion_pytorch_model[\w.-]*\.(safetensors|bin|json)")
-
-# Fields that change neither the function nor the latents: the tile size of blended tiling, and advice to pipelines
-# about fp16. All others count, the scaling ones because they decide what latents mean.
-_NOT_IN_DIGEST = frozenset({"sample_size", "force_upcast"})
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:
@@ -117,6 +113,22 @@ def load_network(
             f"{checkpoint.found.weights}: `{name}` has values that are not finite after the cast to {dtype}"
         )
     return vae
+
+
+def load_any_autoencoder(ref: str | Path | None) -> nn.Module:
+    """Load an autoencoder of images, of the class that its config.json names: float32, on the CPU, in eval mode.
+
+    ref: as for `load_autoencoder`. An AutoencoderKL comes as ours, any other class as diffusers'.
+    Raises: as `load_autoencoder`; CheckpointError for a class that diffusers does not have or that is made for video.
+    """
+    try:
+        return load_network(ref)
+    except CheckpointError:
+        found = locate(ref)  # a file that says itself that it is an AutoencoderKL has no config here
+        config = formats.read_json(found.config) if found.config else {}
+        if found.config is None or config.get("_class_name", CLASS_NAME) == CLASS_NAME:
+            raise
+    return load_other_class(config, found.config, found.weights)
 
 
 def why_no_vae_folder(folder: Path) -> str | None:
@@ -193,28 +205,3 @@ def to_diffusers(vae: Autoencoder) -> diffusers.AutoencoderKL:
     copies = {name: tensor.detach().clone() for name, tensor in vae.state_dict().items()}
     stock.load_state_dict(copies, strict=True, assign=True)
     return stock.train(vae.training)
-
-
-def autoencoder_digest(vae: Autoencoder | diffusers.ModelMixin, config: Mapping[str, Any] | None = None) -> str:
-    """Identity of an autoencoder of any class: with equal digests, equal images have equal latents, up to rounding.
-
-    Covers all weights as float32 in the order of their names, and all config fields but `sample_size` and
-    `force_upcast`. Independent of device, memory format and storage, as long as the values are the same; a cast to half
-    precision changes them, so take the digest before it.
-    config: in the place of the configuration that it has. Returns: "sha256:<hex>".
-    """
-    fields = config_fields(vae.config if config is None else config)
-    counting = {field: _plain(value) for field, value in fields.items() if field not in _NOT_IN_DIGEST}
-    digest = hashlib.sha256(json.dumps(counting, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"\n{name} {list(tensor.shape)}\n".encode())
-        # reshape copies only what lies in another order, such as channels_last
-        digest.update(tensor.detach().to(device="cpu", dtype=torch.float32).reshape(-1).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _plain(value: Any) -> Any:
-    """One form for each config value: 1 is 1.0, and a tuple is a list."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

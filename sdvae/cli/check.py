@@ -10,58 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.options import device_option, dry_run_option, json_option, overwrite_option
+from sdvae.cli.options import audit_options, dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import note, print_json, print_reasons, print_table, progress, shown
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import CheckpointError, ImageError, OutputExistsError
+from sdvae.precision.options import AuditOptions
 
 if TYPE_CHECKING:
     from sdvae.data.images import Pixels
     from sdvae.data.sources.files import ImageFile
     from sdvae.precision.audit import Audit
 
-__all__ = ["audit_options", "check_command", "choose_files", "read_pixels"]
+__all__ = ["check_command", "choose_files", "read_pixels"]
 
 AUDIT_NAME, CHART_NAME = "audit.json", "audit.svg"
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 SHOWN_LAYERS = 10
 _PHOTOS = Path(__file__).parents[1] / "assets" / "photos"
-
-
-def audit_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """On which images, and where, an audit measures."""
-    options = (
-        click.option(
-            "--size",
-            "size_px",
-            type=click.IntRange(min=8),
-            default=256,
-            show_default=True,
-            metavar="N",
-            help="Images are cut to central squares of N px.",
-        ),
-        click.option(
-            "--limit",
-            type=click.IntRange(min=1),
-            default=4,
-            show_default=True,
-            metavar="N",
-            help="Take N images, evenly spaced over the sorted names.",
-        ),
-        click.option(
-            "--probe-size",
-            "probe_size_px",
-            type=click.IntRange(min=8),
-            default=64,
-            show_default=True,
-            metavar="N",
-            help="Of two images that are really computed in fp16; CPUs are slow at it.",
-        ),
-        device_option,
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 @click.command(
@@ -92,22 +57,20 @@ def check_command(
     vae: str,
     images: str | None,
     out: Path | None,
-    size_px: int,
-    limit: int,
-    probe_size_px: int,
-    device: str,
     gates: tuple[str, ...],
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Audit the precision of VAE: the peak of every layer on IMAGES against the limits of fp16 and bf16.
 
     VAE is a folder, a file or a hub id; IMAGES a folder, a file, a glob in quotes, or a .txt list, by default the
     bundled photographs. Then says which programs take the VAE's files.
     """
+    options = AuditOptions(**settings)
     _check_out(out, overwrite)
-    files = choose_files(images, limit)
+    files = choose_files(images, options)
     if dry_run:
         _print_dry_run(vae, files, out, as_json)
         return
@@ -117,17 +80,18 @@ def check_command(
     from sdvae.model.device import choose_device
     from sdvae.precision.audit import audit
 
-    subject = open_any_vae(vae, choose_device(device), torch.float32)
+    subject = open_any_vae(vae, choose_device(options.device), torch.float32)
     failures: list[FileReason] = []
     with progress("check") as on_progress:
-        found = audit(subject, read_pixels(files, size_px, failures, on_progress), probe_size_px=probe_size_px)
+        pixels = read_pixels(files, options, failures, on_progress)
+        found = audit(subject, pixels, probe_size_px=options.probe_size_px)
     failed = [found.verdict(DTYPES[gate]).sentence for gate in gates if found.verdict(DTYPES[gate]).level != "safe"]
     loaders = _loaders(vae)
     exit_code = 1 if failed else 3 if failures else 0
     data = {
         "command": "check",
         **found.to_json(),
-        "size_px": size_px,
+        "size_px": options.size_px,
         "loaders": loaders,
         "out": None if out is None else str(out),
         "failed_gates": failed,
@@ -146,27 +110,27 @@ def check_command(
     ctx.exit(exit_code)
 
 
-def choose_files(images: str | None, limit: int) -> list[ImageFile]:
-    """At most `limit` of the images that are named, evenly spaced; of the bundled photographs where none are."""
+def choose_files(images: str | None, options: AuditOptions) -> list[ImageFile]:
+    """The images that an audit measures, of those that are named; of the bundled photographs where none are."""
     from sdvae.data.sources.files import choose_images, find_images
 
-    return choose_images(find_images(_PHOTOS if images is None else images), limit)
+    return choose_images(find_images(_PHOTOS if images is None else images), options.max_images)
 
 
 def read_pixels(
     files: Sequence[ImageFile],
-    size_px: int,
+    options: AuditOptions,
     failures: list[FileReason],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Pixels]:
-    """Central squares of the images, (size_px, size_px, 3), uint8; those that cannot be read go into `failures`.
+    """Central squares of the images, (H, W, 3), uint8; those that cannot be read go into `failures`.
 
     Raises: ImageError where none can be read.
     """
     from sdvae.evaluation.images import prepare
     from sdvae.evaluation.protocol import Protocol
 
-    protocol, count = Protocol(preset="audit", size_px=size_px, crop="center"), 0
+    protocol, count = Protocol(preset="audit", size_px=options.size_px, crop="center"), 0
     for index, file in enumerate(files):
         try:
             pixels = prepare(index, file, protocol).pixels

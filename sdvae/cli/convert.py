@@ -9,7 +9,7 @@ import click
 
 from sdvae.checkpoints.convert.options import DTYPES, MAX_SHARD_SIZE, TARGETS, ConvertOptions
 from sdvae.checkpoints.keys import PREFIXES
-from sdvae.cli.options import write_options
+from sdvae.cli.options import choice, write_options
 from sdvae.cli.output import note, print_json, print_table, shown
 
 if TYPE_CHECKING:
@@ -28,11 +28,10 @@ Examples:
 )
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
-@click.option(
+@choice(
     "--to",
-    type=click.Choice(TARGETS),
+    TARGETS,
     default=ConvertOptions.to,
-    show_default=True,
     help="diffusers and onnx: a folder. ldm: one file, as ComfyUI, A1111, Forge and kohya's trainers read it.",
 )
 @click.option(
@@ -41,16 +40,14 @@ Examples:
     metavar="PIPELINE",
     help="Write DST as a copy of this pipeline folder, with SRC as its VAE.",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights.  [default: as they are]")
+@choice("--dtype", DTYPES, help="Type of the weights.  [default: as they are]")
 @click.option("--variant", metavar="NAME", help="diffusers: the weights' file is named with it, such as fp16.")
 @click.option(
     "--max-shard-size",
     metavar="SIZE",
     help=f"diffusers: split larger weights into files of this size, such as {MAX_SHARD_SIZE}.",
 )
-@click.option(
-    "--prefix", type=click.Choice(PREFIXES[1:]), help="ldm: put this before each name.  [default: bare names]"
-)
+@choice("--prefix", PREFIXES[1:], help="ldm: put this before each name.  [default: bare names]")
 @click.option(
     "--fold-scale",
     type=float,

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from sdvae.cli.execute import plan_or_run
-from sdvae.cli.options import announce_vae, run_options, shard_option, tiling_options, vae_option, write_options
+from sdvae.cli.options import announce_vae, choice, run_options, shard_option, tiling_options, vae_option, write_options
 from sdvae.codec.options import IMAGE_FORMATS, DecodeOptions
 
 __all__ = ["decode_command"]
@@ -23,11 +23,10 @@ Examples:
 @click.argument("latents")
 @click.argument("out", type=click.Path())
 @vae_option
-@click.option(
+@choice(
     "--format",
-    type=click.Choice(list(IMAGE_FORMATS)),
+    list(IMAGE_FORMATS),
     default=DecodeOptions.format,
-    show_default=True,
     help="png and webp keep every pixel; webp with --quality does not.",
 )
 @click.option(

@@ -9,9 +9,11 @@ import click
 from sdvae.cli.execute import plan_or_run
 from sdvae.cli.options import (
     announce_vae,
+    choice,
     dataset_options,
     encode_options,
     image_options,
+    number,
     run_options,
     shard_option,
     tiling_options,
@@ -39,19 +41,13 @@ Examples:
 @run_options
 @tiling_options
 @shard_option
-@click.option(
+@choice(
     "--engine",
-    type=click.Choice(ENGINES),
+    ENGINES,
     default=EncodeOptions.engine,
-    show_default=True,
     help="ray: workers on the cluster of RAY_ADDRESS, or on this machine.",
 )
-@click.option(
-    "--ray-workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Workers of --engine ray, each with the VAE.  [default: one per GPU, else per CPU core]",
-)
+@number("--ray-workers", help="Workers of --engine ray, each with the VAE.  [default: one per GPU, else per CPU core]")
 @write_options
 @click.pass_context
 def encode_command(

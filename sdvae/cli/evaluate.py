@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +11,23 @@ import click
 from sdvae.cli.options import (
     announce_vae,
     batch_size_option,
+    choice,
     device_option,
     dry_run_option,
     json_option,
-    max_images_option,
+    number,
     overwrite_option,
+    protocol_options,
+    take,
 )
-from sdvae.cli.output import note, print_json, print_table, progress, shown
-from sdvae.codec.options import COMPUTE_DTYPES
+from sdvae.cli.output import print_json, print_result, progress, shown
 from sdvae.evaluation.options import STRESS_NAMES, EvaluateOptions, stress_names
-from sdvae.evaluation.protocol import METRIC_GROUPS, PRESETS, Protocol, metric_names
+from sdvae.evaluation.protocol import PRESETS, Protocol, metric_names
 
 if TYPE_CHECKING:
     from sdvae.evaluation.plan import EvaluationPlan
-    from sdvae.report.result import EvaluationResult
 
-__all__ = ["evaluate_command", "print_result"]
+__all__ = ["evaluate_command"]
 
 _STRESS = "cycles,sampling"  # the two that cost no more than some dozens of passes
 
@@ -45,51 +45,23 @@ Examples:
     "--vae", "vaes", metavar="REF", multiple=True, help="A VAE to measure; may be repeated.  [default: the bundled one]"
 )
 @click.option("--reference", metavar="REF", help="The VAE that the others are compared with, image by image.")
-@click.option(
-    "--preset",
-    type=click.Choice(list(PRESETS)),
-    default="native",
-    show_default=True,
-    help="Pins everything below down to --background.",
-)
-@click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px.")
-@click.option("--crop", type=click.Choice(["center", "none"]), help="center: cut the resized image to N x N.")
-@max_images_option
-@click.option("--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}.")
-@click.option("--posterior", type=click.Choice(["mode", "sample"]), help="z that is decoded: the mean, or a draw.")
-@click.option("--seed", type=int, help="Of draws, bootstrap and KID.")
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Precision of the VAEs.")
-@click.option("--tiling", type=click.Choice(["off", "blended"]), help="blended: the VAE's own tiled mode.")
-@click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb.")
+@choice("--preset", list(PRESETS), default="native", help="Pins everything below down to --background.")
+@protocol_options
 @click.option(
     "--stress",
     metavar="LIST",
     help=f"all, none, or of {', '.join(STRESS_NAMES)}.  [default: {_STRESS}; none with --preset quick]",
 )
-@click.option(
-    "--stress-images",
-    type=click.IntRange(min=1),
-    default=EvaluateOptions.stress_images,
-    show_default=True,
-    metavar="N",
-    help="Images that the stress tests use.",
+@number("--stress-images", help="Images that the stress tests use.", default=EvaluateOptions.stress_images)
+@number(
+    "--swap-images", help="Images that the swap test against the reference uses.", default=EvaluateOptions.swap_images
 )
-@click.option(
-    "--swap-images",
-    type=click.IntRange(min=1),
-    default=EvaluateOptions.swap_images,
-    show_default=True,
-    metavar="N",
-    help="Images that the swap test against the reference uses.",
-)
-@click.option(
+@number(
     "--gallery",
     "gallery_images",
-    type=click.IntRange(min=0),
-    default=EvaluateOptions.gallery_images,
-    show_default=True,
-    metavar="N",
     help="Pictures in the report: the worst by each metric, and evenly spaced ones.",
+    default=EvaluateOptions.gallery_images,
+    least=0,
 )
 @click.option(
     "--fid-stats",
@@ -103,9 +75,9 @@ Examples:
     type=click.Path(path_type=Path),
     help="Write the originals' statistics here.",
 )
-@click.option(
+@choice(
     "--published",
-    type=click.Choice(["coco", "laion", "imagenet", "all"]),
+    ["coco", "laion", "imagenet", "all"],
     help="Show published numbers of Stable Diffusion's VAEs beside.",
 )
 @click.option(
@@ -124,9 +96,7 @@ Examples:
 )
 @device_option
 @batch_size_option
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Threads that read.  [default: one per core, at most 8]"
-)
+@number("--workers", help="Threads that read.  [default: one per core, at most 8]")
 @overwrite_option("Replace what another evaluation left in --out.")
 @dry_run_option("Print the protocol and what would be done, and write nothing.")
 @json_option
@@ -143,14 +113,15 @@ def evaluate_command(
     stress: str | None,
     dry_run: bool,
     as_json: bool,
-    **settings: Any,
+    **given: Any,
 ) -> None:
     """Measure VAEs on IMAGES, and write a report that opens in any browser.
 
     IMAGES is a folder, a file, a glob in quotes, or a .txt list; each first subfolder is a slice. Interrupted,
     the same command goes on. On several devices: accelerate launch -m sdvae evaluate ...
     """
-    protocol = _protocol(preset, metrics, settings)
+    settings = take(EvaluateOptions, given)
+    protocol = _protocol(preset, metrics=None if metrics is None else metric_names(metrics), **given)
     options = EvaluateOptions(stress=stress_names(stress or ("none" if preset == "quick" else _STRESS)), **settings)
     announce_vae(vaes[0] if vaes else None)
     from sdvae.evaluation.plan import plan_evaluation
@@ -173,28 +144,23 @@ def evaluate_command(
     ctx.exit(result.exit_code)
 
 
-def _protocol(preset: str, metrics: str | None, settings: dict[str, Any]) -> Protocol:
-    """The preset with what was given besides; takes its options out of `settings`."""
-    names = {field.name for field in fields(Protocol)} - {field.name for field in fields(EvaluateOptions)}
-    given = {name: value for name in names & settings.keys() if (value := settings.pop(name)) is not None}
-    if metrics is not None:
-        given["metrics"] = metric_names(metrics)
-    changed = {name: value for name, value in given.items() if value != getattr(PRESETS[preset], name)}
-    if not changed:
-        return PRESETS[preset]
-    return replace(PRESETS[preset], preset=f"{preset} changed", **changed)
+def _protocol(preset: str, **given: Any) -> Protocol:
+    """The preset with what was given besides; None: not given."""
+    protocol = PRESETS[preset]
+    changed = {name: value for name, value in given.items() if value not in (None, getattr(protocol, name))}
+    return replace(protocol, preset=f"{preset} changed", **changed) if changed else protocol
 
 
 def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
     from sdvae.errors import SdvaeError
     from sdvae.evaluation.protocol import SET_METRICS
     from sdvae.features.inception import find_inception_weights
-    from sdvae.metrics.table import find_metric_weights
+    from sdvae.metrics.table import IMAGE_METRICS
 
     weights, given = {}, plan.options.weights_path
     for name in plan.protocol.metrics:
         try:
-            path = find_inception_weights(given) if name in SET_METRICS else find_metric_weights(name, given)
+            path = find_inception_weights(given) if name in SET_METRICS else IMAGE_METRICS[name].find_weights(given)
         except SdvaeError as error:
             weights[name] = f"not at hand: {str(error).splitlines()[0]}"
         else:
@@ -213,51 +179,3 @@ def _print_plan(plan: EvaluationPlan, as_json: bool) -> None:
     for name, reason in plan.skipped_metrics:
         click.echo(f"left out: {name}: {reason}")
     click.echo("Nothing was written.")
-
-
-def print_result(result: EvaluationResult) -> None:
-    """The summary as a table, comparisons in words, then what went wrong."""
-    metrics: Sequence[Mapping[str, Any]] = result.metrics
-    arrows = {"higher": "higher is better", "lower": "lower is better"}
-    rows = []
-    for metric in metrics:
-        cells = [_cell(vae["summary"].get(metric["name"]), metric["decimals"]) for vae in result.vaes]
-        goal = arrows.get(metric["better"]) or f"best: {metric['target']:g}"
-        rows.append((f"{metric['title']} {metric['unit']}".strip(), *cells, goal))
-    marks = [f"{vae['id']} (reference)" if vae["role"] == "reference" else vae["id"] for vae in result.vaes]
-    print_table((f"{result.dataset['num_images']} images", *marks, ""), rows)
-    for comparison in result.comparisons:
-        for line in _comparison_lines(comparison, metrics):
-            click.echo(shown(line))
-    for skipped in result.skipped_metrics:
-        note(f"left out: {skipped['name']}: {skipped['reason']}")
-    for warning in result.warnings:
-        note(shown(f"Warning: {warning}"))
-    for failed in result.dataset["unreadable"]:
-        note(shown(f"not read: {failed['key']}: {failed['reason']}"))
-    for gate in result.gates:
-        click.echo(shown(f"{'passed' if gate['passed'] else 'FAILED'}: {gate['expression']}: {gate['reason']}"))
-
-
-def _cell(summary: Mapping[str, Any] | None, decimals: int) -> str:
-    if summary is None or (value := summary.get("mean", summary.get("value"))) is None:
-        return "n/a"
-    if summary.get("low") is None or summary.get("high") is None:
-        return f"{value:.{decimals}f}"
-    return f"{value:.{decimals}f} [{summary['low']:.{decimals}f}, {summary['high']:.{decimals}f}]"
-
-
-def _comparison_lines(comparison: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"{comparison['vae']} against {comparison['reference']}:"]
-    for metric in metrics:
-        if (found := comparison["metrics"].get(metric["name"])) is None or found.get("delta") is None:
-            continue
-        digits = metric["decimals"]
-        line = f"  {metric['title']}: {found['delta']:+.{digits}f}"
-        if found.get("low") is not None:
-            line += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}], {found['verdict']}"
-            line += f", better on {found['won']:.0%} of the images"
-        lines.append(line)
-    swap = comparison["swap"]
-    lines.append(f"  swap: {swap['sentence'] if 'sentence' in swap else 'not tested: ' + swap['skipped']}")
-    return lines

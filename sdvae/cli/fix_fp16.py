@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvae.cli.check import audit_options, choose_files, read_pixels
-from sdvae.cli.options import dry_run_option, json_option, overwrite_option
+from sdvae.cli.check import choose_files, read_pixels
+from sdvae.cli.options import audit_options, choice, dry_run_option, json_option, overwrite_option
 from sdvae.cli.output import print_json, print_reasons, print_table, progress, shown
 from sdvae.codec.options import COMPUTE_DTYPES
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import ConfigError
+from sdvae.precision.options import FixOptions
 
 if TYPE_CHECKING:
     from sdvae.precision.audit import Audit
@@ -34,13 +35,14 @@ Examples:
 @click.argument("images", required=False)
 @click.option(
     "--headroom",
+    "headroom_bits",
     type=click.FloatRange(min=0, max=8),
-    default=2.0,
+    default=FixOptions.headroom_bits,
     show_default=True,
     metavar="BITS",
     help="Of every layer below fp16's limit; 2 bits leave room for values four times as large.",
 )
-@click.option("--dtype", type=click.Choice(COMPUTE_DTYPES), help="Of the stored weights.  [default: as in VAE]")
+@choice("--dtype", COMPUTE_DTYPES, help="Of the stored weights.  [default: as in VAE]")
 @audit_options
 @click.option("--force", is_flag=True, help="Write a copy even where nothing is to fix.")
 @overwrite_option("Replace a VAE that is in DST.")
@@ -53,33 +55,26 @@ def fix_fp16_command(
     vae: str,
     dst: Path,
     images: str | None,
-    headroom: float,
-    dtype: str | None,
-    size_px: int,
-    limit: int,
-    probe_size_px: int,
-    device: str,
     force: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Rewrite VAE so that its activations fit into fp16, and write it to DST as a diffusers folder.
 
     Powers of two make the residual stream smaller, and the norms cancel them: the function stays the same, which is
     measured on IMAGES (by default the bundled photographs) before anything is written. Nothing is trained.
     """
+    options = FixOptions(**settings)
     from sdvae.checkpoints.store import why_no_vae_folder
     from sdvae.files import check_replaceable
 
     may_be_done = dst.is_dir() and not overwrite and why_no_vae_folder(dst) is None
     if not may_be_done:
         check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
-    files = choose_files(images, limit)
-    import torch
-
+    files = choose_files(images, options)
     from sdvae.checkpoints.read import read_checkpoint
-    from sdvae.model.device import choose_device
     from sdvae.precision.fix import fix_fp16
 
     checkpoint = read_checkpoint(vae)
@@ -87,16 +82,8 @@ def fix_fp16_command(
         raise ConfigError(f"{dst} holds the VAE itself: choose another DST")
     failures: list[FileReason] = []
     with progress("read") as on_progress:
-        pixels = list(read_pixels(files, size_px, failures, on_progress))
-    fix = fix_fp16(
-        checkpoint,
-        pixels,
-        name=vae,
-        headroom_bits=headroom,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        device=choose_device(device),
-        probe_size_px=probe_size_px,
-    )
+        pixels = list(read_pixels(files, options, failures, on_progress))
+    fix = fix_fp16(checkpoint, pixels, options, name=vae)
     is_done = may_be_done and fix.is_in(dst)
     if may_be_done and not is_done:
         check_replaceable(dst, overwrite=overwrite, is_ours=why_no_vae_folder)
@@ -142,10 +129,8 @@ def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_do
 
 
 def _print_numbers(fix: Fix) -> None:
-    networks = {"encoder": fix.scale.encoder, "decoder": fix.scale.decoder, **fix.scale.blocks}
-    for name, exponent in networks.items():
-        if exponent:
-            click.echo(f"{name}: scaled by 2^{exponent}")
+    for name, exponent in fix.scale.changes.items():
+        click.echo(f"{name}: scaled by 2^{exponent}")
     rows = [
         ("largest magnitude", *(f"{found.tightest(1)[0].peak:.4g}" for found in (fix.before, fix.after))),
         ("fp16: difference of z", *(_of_probe(found, "z_error") for found in (fix.before, fix.after))),

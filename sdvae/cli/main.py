@@ -22,37 +22,25 @@ __all__ = ["cli", "main"]
 
 INTERRUPTED = 130
 
-# Each module has a function <name>_command. They are imported when they are called or listed, and they import torch
-# inside the function alone, so that help comes at once.
-_MODULES = {
-    "encode": "sdvae.cli.encode",
-    "decode": "sdvae.cli.decode",
-    "reconstruct": "sdvae.cli.reconstruct",
-    "inspect": "sdvae.cli.inspect",
-    "train": "sdvae.cli.train",
-    "calibrate": "sdvae.cli.calibrate",
-    "evaluate": "sdvae.cli.evaluate",
-    "report": "sdvae.cli.report",
-    "convert": "sdvae.cli.convert",
-    "check": "sdvae.cli.check",
-    "fix-fp16": "sdvae.cli.fix_fp16",
-    "verify": "sdvae.cli.verify",
-    "merge": "sdvae.cli.merge",
-    "card": "sdvae.cli.card",
-    "push": "sdvae.cli.push",
-}
+# Each is a function <name>_command in a module <name>. Modules are imported when called or listed, and import
+# torch inside the function alone, so that help comes at once.
+_COMMANDS = (
+    *("encode", "decode", "reconstruct", "inspect", "train", "calibrate", "evaluate", "report", "convert", "check"),
+    *("fix-fp16", "verify", "merge", "card", "push"),
+)
 
 
 class CommandGroup(click.Group):
     """Imports subcommands late and reports what they raise."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_MODULES)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _MODULES:
+        if name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(_MODULES[name]), f"{name.replace('-', '_')}_command")
+        module = name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"sdvae.cli.{module}"), f"{module}_command")
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

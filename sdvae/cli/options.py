@@ -1,8 +1,12 @@
-"""Options that several commands share. Defaults and choices come from `sdvae.codec.options`."""
+"""The options of commands, each declared once, in the groups that become one options object.
+
+A command hands what it gets on as `**options` to the dataclass of the group, which has the defaults and choices.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -19,12 +23,16 @@ from sdvae.codec.options import (
     EncodeOptions,
     RunOptions,
 )
+from sdvae.evaluation.protocol import METRIC_GROUPS
 from sdvae.latents.formats import CACHE_FORMATS, DEFAULT_KOHYA_SUFFIX, KOHYA_SUFFIXES
+from sdvae.precision.options import AuditOptions
 from sdvae.processes import is_main_process
 
 __all__ = [
     "announce_vae",
+    "audit_options",
     "batch_size_option",
+    "choice",
     "dataset_options",
     "device_option",
     "dry_run_option",
@@ -32,15 +40,20 @@ __all__ = [
     "image_options",
     "json_option",
     "max_images_option",
+    "number",
     "overwrite_option",
+    "protocol_options",
     "run_options",
-    "tiling_options",
     "shard_option",
+    "take",
+    "tiling_options",
     "vae_option",
     "write_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_GROUPS = ", ".join(METRIC_GROUPS)
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -52,6 +65,17 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def choice(name: str, choices: Sequence[str], *, help: str, default: str | None = None) -> Callable[[F], F]:
+    """One of a few names."""
+    return click.option(name, type=click.Choice(choices), default=default, show_default=True, help=help)
+
+
+def number(*names: str, help: str, metavar: str = "N", default: int | None = None, least: int = 1) -> Callable[[F], F]:
+    """A whole number."""
+    kind = click.IntRange(min=least)
+    return click.option(*names, type=kind, metavar=metavar, default=default, show_default=True, help=help)
 
 
 def overwrite_option(help: str) -> Callable[[F], F]:
@@ -70,52 +94,26 @@ vae_option = click.option(
     "--vae", metavar="REF", help="The VAE: a folder, a file or a hub id.  [default: the bundled one]"
 )
 
-device_option = click.option(
-    "--device",
-    type=click.Choice(DEVICES),
-    default=RunOptions.device,
-    show_default=True,
-    help="auto: cuda, mps, cpu.",
+device_option = choice("--device", DEVICES, default=RunOptions.device, help="auto: cuda, mps, cpu.")
+
+batch_size_option = number(
+    "--batch-size", help="Images of one size that go through the VAE together.  [default: what suits the device]"
 )
 
-batch_size_option = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Images of one size that go through the VAE together.  [default: what suits the device]",
-)
-
-max_images_option = click.option(
-    "--max-images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Take N images, evenly spaced over the sorted names.",
-)
+max_images_option = number("--max-images", help="Take N images, evenly spaced over the sorted names.")
 
 run_options = _together(
     device_option,
-    click.option(
-        "--dtype",
-        type=click.Choice(COMPUTE_DTYPES),
-        default=RunOptions.dtype,
-        show_default=True,
-        help="Precision of the computation.",
-    ),
+    choice("--dtype", COMPUTE_DTYPES, default=RunOptions.dtype, help="Precision of the computation."),
     batch_size_option,
-    click.option(
-        "--workers",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Threads that read, and as many that write.  [default: one per core, at most 8]",
-    ),
+    number("--workers", help="Threads that read, and as many that write.  [default: one per core, at most 8]"),
 )
 
 tiling_options = _together(
-    click.option(
+    choice(
         "--tiling",
-        type=click.Choice(TILINGS),
+        TILINGS,
         default=RunOptions.tiling,
-        show_default=True,
         help="exact: in strips, with the result of one pass; auto: where one pass does not fit into memory; blended: "
         "diffusers' tiles, approximate.",
     ),
@@ -124,39 +122,30 @@ tiling_options = _together(
         metavar="SIZE",
         help="For auto and exact, e.g. 4GB: of the process, on a GPU of its tensors.  [default: what is free]",
     ),
-    click.option(
-        "--tile-size", type=click.IntRange(min=1), metavar="PX", help="Of blended tiles.  [default: the VAE's]"
-    ),
+    number("--tile-size", metavar="PX", help="Of blended tiles.  [default: the VAE's]"),
     click.option(
         "--tile-overlap", type=click.FloatRange(0, 1, max_open=True), metavar="SHARE", help="Of them.  [default: 0.25]"
     ),
 )
 
 encode_options = _together(
-    click.option(
+    choice(
         "--format",
-        type=click.Choice(CACHE_FORMATS),
+        CACHE_FORMATS,
         default=EncodeOptions.format,
-        show_default=True,
         help="safetensors and kohya-npz: a file for each image; webdataset and parquet: shards.",
     ),
-    click.option(
-        "--shard-size",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help=f"webdataset and parquet: images in a shard.  [default: {DEFAULT_SHARD_SIZE}]",
-    ),
-    click.option(
+    number("--shard-size", help=f"webdataset and parquet: images in a shard.  [default: {DEFAULT_SHARD_SIZE}]"),
+    choice(
         "--kohya-suffix",
-        type=click.Choice(KOHYA_SUFFIXES),
+        KOHYA_SUFFIXES,
         help=f"kohya-npz: which of kohya's trainers is to read the files.  [default: {DEFAULT_KOHYA_SUFFIX}]",
     ),
     click.option("--flip", is_flag=True, help="kohya-npz: encode the mirrored image too, for flip_aug."),
-    click.option(
+    choice(
         "--store",
-        type=click.Choice(STORES),
+        STORES,
         default=EncodeOptions.store,
-        show_default=True,
         help="moments: mean and logvar of the posterior; mode: z = mean; sample: one draw of z.",
     ),
     click.option(
@@ -166,24 +155,12 @@ encode_options = _together(
         show_default=True,
         help="Of the draw of --store sample and of kohya-npz.",
     ),
-    click.option(
-        "--latent-dtype",
-        type=click.Choice(LATENT_DTYPES),
-        default=EncodeOptions.latent_dtype,
-        show_default=True,
-        help="Precision in the file.",
-    ),
+    choice("--latent-dtype", LATENT_DTYPES, default=EncodeOptions.latent_dtype, help="Precision in the file."),
 )
 
 image_options = _together(
-    click.option("--size", type=click.IntRange(min=1), metavar="N", help="Resize the short side to N px first."),
-    click.option(
-        "--crop",
-        type=click.Choice(CROPS),
-        default=EncodeOptions.crop,
-        show_default=True,
-        help="center: cut the resized image to N x N.",
-    ),
+    number("--size", help="Resize the short side to N px first."),
+    choice("--crop", CROPS, default=EncodeOptions.crop, help="center: cut the resized image to N x N."),
     click.option(
         "--background",
         metavar="COLOUR",
@@ -191,9 +168,41 @@ image_options = _together(
         show_default=True,
         help="Under transparent pixels: a name or #rrggbb.",
     ),
+    number("--max-pixels", help="Refuse larger images.  [default: 134217728]"),
+)
+
+protocol_options = _together(  # without defaults: what is not given is the preset's
+    click.option("--size", "size_px", type=int, metavar="N", help="Resize the short side to N px."),
+    choice("--crop", ["center", "none"], help="center: cut the resized image to N x N."),
+    max_images_option,
     click.option(
-        "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger images.  [default: 134217728]"
+        "--metrics", metavar="LIST", help=f"Names or groups, with commas. Groups: {', '.join(METRIC_GROUPS)}."
     ),
+    choice("--posterior", ["mode", "sample"], help="z that is decoded: the mean, or a draw."),
+    click.option("--seed", type=int, help="Of draws, bootstrap and KID."),
+    choice("--dtype", COMPUTE_DTYPES, help="Precision of the VAEs."),
+    choice("--tiling", ["off", "blended"], help="blended: the VAE's own tiled mode."),
+    click.option("--background", metavar="COLOUR", help="Under transparent pixels: a name or #rrggbb."),
+)
+
+audit_options = _together(
+    number(
+        "--size", "size_px", help="Images are cut to central squares of N px.", default=AuditOptions.size_px, least=8
+    ),
+    number(
+        "--limit",
+        "max_images",
+        default=AuditOptions.max_images,
+        help="Take N images, evenly spaced over the sorted names.",
+    ),
+    number(
+        "--probe-size",
+        "probe_size_px",
+        help="Of two images that are really computed in fp16; CPUs are slow at it.",
+        default=AuditOptions.probe_size_px,
+        least=8,
+    ),
+    device_option,
 )
 
 dataset_options = _together(
@@ -213,6 +222,11 @@ write_options = _together(
     dry_run_option("Print what would be done, and write nothing."),
     json_option,
 )
+
+
+def take(kind: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of what a command was given, what is a field of this dataclass; it is taken out, for a command that has two."""
+    return {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
 
 
 def announce_vae(vae: str | None) -> None:

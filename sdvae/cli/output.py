@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from sdvae.codec.planning.plan import Plan
     from sdvae.codec.reports import CodecReport
     from sdvae.data.sources.files import FileReason
+    from sdvae.report.result import EvaluationResult
 
 __all__ = [
     "note",
     "print_fields",
+    "print_first",
     "print_json",
     "print_plan",
     "print_reasons",
     "print_report",
+    "print_result",
     "print_table",
     "progress",
     "shown",
@@ -99,10 +102,16 @@ def print_reasons(title: str, reasons: Sequence[FileReason]) -> None:
     if not reasons:
         return
     click.echo(f"{title}:")
-    for about in reasons[:_SHOWN]:
-        click.echo(shown(f"  {about.source}: {about.reason}"))
-    if len(reasons) > _SHOWN:
-        click.echo(f"  and {len(reasons) - _SHOWN} more (--json lists all)")
+    print_first(f"{about.source}: {about.reason}" for about in reasons)
+
+
+def print_first(lines: Iterable[str]) -> None:
+    """The first lines of a list, and how many more there are."""
+    lines = list(lines)
+    for line in lines[:_SHOWN]:
+        click.echo(shown(f"  {line}"))
+    if len(lines) > _SHOWN:
+        click.echo(f"  and {len(lines) - _SHOWN} more (--json lists all)")
 
 
 @contextmanager
@@ -126,3 +135,51 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def print_result(result: EvaluationResult) -> None:
+    """The summary as a table, comparisons in words, then what went wrong."""
+    metrics: Sequence[Mapping[str, Any]] = result.metrics
+    arrows = {"higher": "higher is better", "lower": "lower is better"}
+    rows = []
+    for metric in metrics:
+        cells = [_cell(vae["summary"].get(metric["name"]), metric["decimals"]) for vae in result.vaes]
+        goal = arrows.get(metric["better"]) or f"best: {metric['target']:g}"
+        rows.append((f"{metric['title']} {metric['unit']}".strip(), *cells, goal))
+    marks = [f"{vae['id']} (reference)" if vae["role"] == "reference" else vae["id"] for vae in result.vaes]
+    print_table((f"{result.dataset['num_images']} images", *marks, ""), rows)
+    for comparison in result.comparisons:
+        for line in _comparison_lines(comparison, metrics):
+            click.echo(shown(line))
+    for skipped in result.skipped_metrics:
+        note(f"left out: {skipped['name']}: {skipped['reason']}")
+    for warning in result.warnings:
+        note(shown(f"Warning: {warning}"))
+    for failed in result.dataset["unreadable"]:
+        note(shown(f"not read: {failed['key']}: {failed['reason']}"))
+    for gate in result.gates:
+        click.echo(shown(f"{'passed' if gate['passed'] else 'FAILED'}: {gate['expression']}: {gate['reason']}"))
+
+
+def _cell(summary: Mapping[str, Any] | None, decimals: int) -> str:
+    if summary is None or (value := summary.get("mean", summary.get("value"))) is None:
+        return "n/a"
+    if summary.get("low") is None or summary.get("high") is None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f} [{summary['low']:.{decimals}f}, {summary['high']:.{decimals}f}]"
+
+
+def _comparison_lines(comparison: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"{comparison['vae']} against {comparison['reference']}:"]
+    for metric in metrics:
+        if (found := comparison["metrics"].get(metric["name"])) is None or found.get("delta") is None:
+            continue
+        digits = metric["decimals"]
+        line = f"  {metric['title']}: {found['delta']:+.{digits}f}"
+        if found.get("low") is not None:
+            line += f" [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}], {found['verdict']}"
+            line += f", better on {found['won']:.0%} of the images"
+        lines.append(line)
+    swap = comparison["swap"]
+    lines.append(f"  swap: {swap['sentence'] if 'sentence' in swap else 'not tested: ' + swap['skipped']}")
+    return lines

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvae.cli.options import dataset_options, device_option, json_option
-from sdvae.cli.output import print_json, progress, shown
+from sdvae.cli.options import dataset_options, device_option, json_option, number
+from sdvae.cli.output import print_first, print_json, progress, shown
 from sdvae.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_command"]
 
-_SHOWN = 20  # of a list in text; JSON has all
 _SAMPLE = 8
 
 
@@ -30,9 +29,7 @@ Examples:
 @click.option("--images", metavar="IMAGES", help="What was encoded, as for `encode`: encode a sample again.")
 @dataset_options
 @click.option("--vae", metavar="REF", help="The VAE that CACHE is to be of.  [default: the one that it names]")
-@click.option(
-    "--sample", type=click.IntRange(min=1), metavar="N", help=f"Images to encode again.  [default: {_SAMPLE}]"
-)
+@number("--sample", help=f"Images to encode again.  [default: {_SAMPLE}]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of the sample.")
 @device_option
 @json_option
@@ -98,8 +95,4 @@ def _print(report: VerifyReport) -> None:
         click.echo("No problems found.")
         return
     click.echo(f"{len(report.problems)} problem{'s' if len(report.problems) != 1 else ''}:")
-    for problem in report.problems[:_SHOWN]:
-        where = ": ".join(part for part in (problem.file, problem.key) if part)
-        click.echo(shown(f"  {where}: {problem.reason}" if where else f"  {problem.reason}"))
-    if len(report.problems) > _SHOWN:
-        click.echo(f"  and {len(report.problems) - _SHOWN} more (--json lists all)")
+    print_first(": ".join(filter(None, (each.file, each.key, each.reason))) for each in report.problems)

@@ -22,6 +22,7 @@ from torch import Tensor
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.codec.options import RunOptions
 from sdvae.codec.planning.plan import Item, Plan
+from sdvae.data import batches
 from sdvae.data.batches import OnProgress, Tally, WriteBehind, compute_batches
 from sdvae.data.sources.files import FileReason
 from sdvae.errors import SdvaeError
@@ -33,7 +34,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class Member(batches.Member):
     """One file that was read: the tensor that goes into a batch, and what its latent file says."""
 
     job: Item
@@ -130,7 +131,6 @@ class Work(ABC):
 
     def finish(self, output: Path) -> None:
         """Write an output all of whose files went through `write`, or failed. Raises: SdvaeError, OSError."""
-        raise NotImplementedError
         raise NotImplementedError
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Member",
     "Named",
     "OnProgress",
     "Tally",
@@ -47,17 +48,18 @@ class Named(Protocol):
     def path(self) -> Path: ...
 
 
-class Member(Protocol):
+@dataclass(frozen=True, eq=False)
+class Member:
     """A file that was read, for a batch with others of its shape."""
 
-    @property
-    def job(self) -> Named: ...
+    job: Named
+    tensor: Tensor
 
     @property
-    def tensor(self) -> Tensor: ...
-
-    @property
-    def size_px(self) -> tuple[int, int]: ...  # width and height of the image
+    def size_px(self) -> tuple[int, int]:
+        """Width and height of the image, which the tensor is unless a subclass says otherwise."""
+        height, width = self.tensor.shape[-2:]
+        return width, height
 
 
 OnProgress = Callable[[int, int], None]  # files finished or failed so far, files to do

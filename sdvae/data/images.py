@@ -442,8 +442,8 @@ def _correct_transparent_colour(image: Image.Image, coding: str) -> None:
     colour = image.info.get("transparency")
     if image.format != "PNG":
         return
-    for bits, factor in ((2, 85), (4, 17)):
-        if isinstance(colour, int) and f"L;{bits}" in coding and colour < 2**bits:
+    for samples, levels, factor in (("'1'", 2, 255), ("L;2", 4, 85), ("L;4", 16, 17)):  # Pillow 12.1 does it for 1 bit
+        if isinstance(colour, int) and samples in coding and colour < levels:
             image.info["transparency"] = colour * factor
     if isinstance(colour, tuple) and max(colour) > 255:  # 16 bits a channel
         image.info["transparency"] = tuple(level >> 8 for level in colour)

@@ -103,37 +103,35 @@ class BlockStore:
     One folder belongs to one run: the same images, protocol and autoencoders. Several processes may write into it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        """run: what identifies the run; plain values."""
         self.folder = folder
+        self._run = run
+        self._found = _read_run(folder / "run.json")
 
-    def open(self, run: dict[str, Any], *, overwrite: bool) -> None:
+    def open(self, *, overwrite: bool) -> None:
         """Make the folder, or go on with the one that is there; by one process.
 
-        run: what identifies the run; plain values.
         Raises: ConfigError where another run was interrupted here.
         """
-        path = self.folder / "run.json"
-        if path.is_file():
-            known = _read_run(path)
-            if known == run:
-                remove_leftovers([self.folder])
-                return
-            if not overwrite:
-                differing = sorted(key for key in run.keys() | known.keys() if run.get(key) != known.get(key))
-                raise ConfigError(
-                    f"{self.folder.parent} holds an interrupted evaluation that differs in {', '.join(differing)}: "
-                    "repeat its command to finish it, choose another --out, or give it up with --overwrite"
-                )
-        self._discard()
-        write_atomic(json.dumps(run, indent=1).encode(), path)
-
-    def close(self, run: dict[str, Any]) -> None:
-        """Remove the folder of a run that is finished; that of another run, which may go on, is left."""
-        if _read_run(self.folder / "run.json") == run:
-            self._discard()
-
-    def _discard(self) -> None:
+        run, found, path = self._run, self._found, self.folder / "run.json"
+        if found == run:
+            remove_leftovers([self.folder])
+            return
+        if path.is_file() and not overwrite:
+            differing = sorted(key for key in run.keys() | found.keys() if run.get(key) != found.get(key))
+            raise ConfigError(
+                f"{self.folder.parent} holds an interrupted evaluation that differs in {', '.join(differing)}: "
+                "repeat its command to finish it, choose another --out, or give it up with --overwrite"
+            )
         shutil.rmtree(self.folder, ignore_errors=True)
+        write_atomic(json.dumps(run, indent=1).encode(), path)
+        self._found = run
+
+    def close(self) -> None:
+        """Remove the folder of a run that is finished; that of another run, which may go on, is left."""
+        if self._found == self._run:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def missing(self, numbers: Iterable[int]) -> list[int]:
         """Those of these blocks that are yet to be measured."""
@@ -149,7 +147,7 @@ class BlockStore:
         }
         text = json.dumps({name: getattr(block, name) for name in _JSON_FIELDS})
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, json=np.frombuffer(text.encode(), np.uint8), **arrays)
+        np.savez(buffer, json=np.frombuffer(text.encode(), np.uint8), **arrays)
         write_atomic(buffer.getvalue(), self.folder / _NAME.format(number))
 
     def load(self, number: int) -> Block:

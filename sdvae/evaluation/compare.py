@@ -1,4 +1,4 @@
-"""From numbers per image to summaries, paired differences, and several results side by side. No torch.
+"""From numbers per image to paired differences, and several results side by side. No torch.
 
 Metrics are described here by the entries of result.json's `metrics` (name, better, target, kind), so that results can
 be compared again from their files alone. What does not exist is None in all that is returned.
@@ -6,7 +6,6 @@ be compared again from their files alone. What does not exist is None in all tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from sdvae.evaluation.protocol import METRIC_NAMES
-from sdvae.metrics.bootstrap import Floats, mean_intervals
+from sdvae.metrics.bootstrap import Floats, Values, mean_intervals, numbers, table
 from sdvae.report.result import EvaluationResult
 
-__all__ = ["MIN_PAIRS", "merge_results", "paired_differences", "set_differences", "slice_summaries", "summarise"]
+__all__ = ["MIN_PAIRS", "merge_results", "paired_differences", "set_differences"]
 
 Row = Mapping[str, Any]
-Values = Mapping[str, Sequence[float | None] | Floats]  # metric -> one number per image, in one order
 
 TIE = 1e-9  # numbers of two VAEs this close are one number: rounding of sums, no difference that an eye or a team meets
 MIN_PAIRS = (
@@ -29,66 +27,6 @@ MIN_PAIRS = (
 
 # Fields of the protocol that change no number that two results share: a name, a list, the fineness of intervals.
 _HARMLESS = ("preset", "digest", "metrics", "resamples")
-
-
-# One VAE
-
-
-def summarise(values: Values, *, resamples: int = 9999, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Image metric -> mean, its 95 % bootstrap interval (low, high), std over images (n - 1), median, p5, p95, count.
-
-    Images without a number (NaN, None) are left out; count says how many remain.
-    """
-    table = _table(values, list(values))
-    low, high = map(_numbers, mean_intervals(table, resamples=resamples, seed=seed))
-    return {name: _summary(table[:, i], low[i], high[i]) for i, name in enumerate(values)}
-
-
-def slice_summaries(
-    values: Values, slices: Sequence[str | None], *, resamples: int = 9999, seed: int = 0
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Slice -> image metric -> mean, low, high, count.
-
-    slices: of each image; images without one (None or empty) are in no slice.
-    """
-    found = {}
-    for label in sorted({label for label in slices if label}):
-        rows = [row for row, each in enumerate(slices) if each == label]
-        members = {name: np.asarray(column, dtype=np.float64)[rows] for name, column in values.items()}
-        found[label] = {
-            name: {field: entry[field] for field in ("mean", "low", "high", "count")}
-            for name, entry in summarise(members, resamples=resamples, seed=seed).items()
-        }
-    return found
-
-
-def _table(values: Values, names: Sequence[str]) -> Floats:
-    """(n, m): a column for each name. What is missing or not finite becomes NaN."""
-    if not names:
-        return np.empty((0, 0))
-    table = np.stack([np.asarray(values[name], dtype=np.float64) for name in names], axis=1)  # None becomes NaN
-    return np.where(np.isfinite(table), table, np.nan)
-
-
-def _summary(column: Floats, low: float | None, high: float | None) -> dict[str, Any]:
-    known = column[~np.isnan(column)]
-    if not len(known):
-        return dict.fromkeys(("mean", "low", "high", "std", "median", "p5", "p95")) | {"count": 0}
-    p5, median, p95 = np.percentile(known, [5, 50, 95])
-    return {
-        "mean": float(known.mean()),
-        "low": low,
-        "high": high,
-        "std": float(known.std(ddof=1)) if len(known) > 1 else None,
-        "median": float(median),
-        "p5": float(p5),
-        "p95": float(p95),
-        "count": len(known),
-    }
-
-
-def _numbers(values: Floats) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
 
 
 # Against a reference
@@ -109,12 +47,12 @@ def paired_differences(
         if metric["kind"] == "image" and metric["name"] in candidate and metric["name"] in reference
     ]
     names = [metric["name"] for metric in shared]
-    ours, theirs = _table(candidate, names), _table(reference, names)
+    ours, theirs = table(candidate, names), table(reference, names)
     for i, metric in enumerate(shared):
         if metric["better"] == "target":
             ours[:, i], theirs[:, i] = (np.abs(each[:, i] - metric["target"]) for each in (ours, theirs))
     differences = ours - theirs
-    low, high = map(_numbers, mean_intervals(differences, resamples=resamples, seed=seed))
+    low, high = map(numbers, mean_intervals(differences, resamples=resamples, seed=seed))
     return {
         metric["name"]: _difference(differences[:, i], low[i], high[i], larger_is_better=metric["better"] == "higher")
         for i, metric in enumerate(shared)

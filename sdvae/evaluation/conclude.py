@@ -17,16 +17,19 @@ import torch
 from sdvae._version import __version__
 from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import Measured
-from sdvae.evaluation.compare import paired_differences, set_differences, slice_summaries, summarise
+from sdvae.evaluation.compare import paired_differences, set_differences
 from sdvae.evaluation.gallery import choose_gallery, gallery_entry
-from sdvae.evaluation.images import Prepared, prepare, slice_of, stand_digest
+from sdvae.evaluation.images import Prepared, evenly_spaced, prepare, slice_of, stand_digest
 from sdvae.evaluation.measure import read_images
 from sdvae.evaluation.plan import ORIGINALS, EvaluationPlan
 from sdvae.evaluation.protocol import CORE_METRICS, FID_MIN_IMAGES
-from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets, write_statistics
+from sdvae.evaluation.set_metrics import SET_METRIC_ROWS, measure_sets
 from sdvae.evaluation.setup import Setup
 from sdvae.evaluation.stress.run import run_stress
 from sdvae.evaluation.swap import swap_obstacle
+from sdvae.files import write_atomic
+from sdvae.metrics.bootstrap import slice_summaries, summarise
+from sdvae.metrics.fid import statistics_bytes
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.report.result import EvaluationResult
 
@@ -55,7 +58,7 @@ def conclude(setup: Setup, measured: Measured, started: float) -> EvaluationResu
         skipped += [(name, "only one image could be read") for name in setup.networks.set_metrics]
     elif setup.networks.set_metrics:
         sets = _measure_sets(setup, measured)
-    spaced = _spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
+    spaced = evenly_spaced(len(measured.images), plan.options.stress_images if plan.options.stress else 0)
     images_for_stress = _read_whole(plan, _read_again(plan, measured, spaced))
     chosen = choose_gallery(measured.values, len(measured.images), plan.options.gallery_images)
     gallery = _read_again(plan, measured, chosen)
@@ -120,7 +123,8 @@ def _metric_row(name: str) -> dict[str, Any]:
 def _measure_sets(setup: Setup, measured: Measured) -> dict[str, dict[str, Any]]:
     if setup.plan.options.save_fid_statistics is not None:
         identity = {"images": stand_digest(setup.plan.files), "protocol": setup.plan.protocol.to_json()}
-        write_statistics(setup.plan.options.save_fid_statistics, measured.features[ORIGINALS].moments, identity)
+        statistics = statistics_bytes(measured.features[ORIGINALS].moments, identity)
+        write_atomic(statistics, setup.plan.options.save_fid_statistics)
     return measure_sets(measured.features, setup.plan.protocol, setup.fid_reference)
 
 
@@ -144,7 +148,14 @@ def _vaes(
                 "id": entrant.id,
                 "ref": subject.name,
                 "role": entrant.role,
-                **subject.describe(),
+                "class_name": subject.class_name,
+                "digest": subject.digest,
+                "dtype": subject.dtype_name,
+                "num_parameters": subject.num_parameters,
+                "spatial_compression_ratio": subject.spatial_compression_ratio,
+                "latent_channels": subject.latent_channels,
+                "scaling_factor": scale.scaling_factor,
+                "shift_factor": scale.shift_factor,
                 "summary": summarise(values, **bootstrap) | sets[entrant.id],
                 "slices": slice_summaries(values, slices, **bootstrap),
                 "seconds_per_megapixel": {
@@ -231,8 +242,3 @@ def _lost_warnings(from_stress: int, from_gallery: int) -> list[str]:
         for name, count in counts.items()
         if count
     ]
-
-
-def _spaced(count: int, wanted: int) -> list[int]:
-    """At most so many places among `count`, evenly spaced."""
-    return [place * count // wanted for place in range(wanted)] if wanted < count else list(range(count))

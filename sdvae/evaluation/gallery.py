@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae
 from sdvae.data.images import round_to_8_bits
-from sdvae.evaluation.images import Prepared
+from sdvae.evaluation.images import Prepared, measured_z
 from sdvae.evaluation.protocol import Protocol
 from sdvae.metrics.table import IMAGE_METRICS
-from sdvae.model.posterior import image_generator
 
 __all__ = ["MAX_PICTURE_PX", "choose_gallery", "gallery_entry"]
 
@@ -61,10 +60,7 @@ def gallery_entry(prepared: Prepared, subjects: Mapping[str, OpenedVae], protoco
     x = torch.from_numpy(prepared.pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
     reconstructions = {}
     for id_, subject in subjects.items():
-        encoding = subject.encode(x)
-        z = encoding.z
-        if protocol.posterior == "sample":
-            z = encoding.draw([image_generator(protocol.seed, prepared.key)])
+        z = measured_z(subject.encode(x), protocol, [prepared.key])
         recon = subject.decode(z, height, width)
         reconstructions[id_] = _data_uri(_to_pixels(round_to_8_bits(recon)[0])[top:bottom, left:right])
     return {

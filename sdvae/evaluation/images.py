@@ -13,14 +13,25 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdvae.data.images import image_to_x, read_image_bytes, x_to_image
 from sdvae.data.sources.files import ImageFile, os_reason
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ImageError
 from sdvae.evaluation.protocol import Protocol
+from sdvae.model.posterior import Encoding, image_generator
 
-__all__ = ["BLOCK_IMAGES", "Prepared", "blocks_of", "prepare", "slice_of", "stand_digest"]
+__all__ = [
+    "BLOCK_IMAGES",
+    "Prepared",
+    "blocks_of",
+    "evenly_spaced",
+    "measured_z",
+    "prepare",
+    "slice_of",
+    "stand_digest",
+]
 
 BLOCK_IMAGES = 16  # an interruption loses few; 16 photographs of 24 megapixels take 1.2 GB while they are measured
 
@@ -44,6 +55,11 @@ def blocks_of(num_images: int) -> list[range]:
     return [range(start, min(start + BLOCK_IMAGES, num_images)) for start in range(0, num_images, BLOCK_IMAGES)]
 
 
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """At most so many places among `count`."""
+    return [place * count // wanted for place in range(wanted)] if wanted < count else list(range(count))
+
+
 def slice_of(key: str) -> str:
     """The first folder of a key, by which results are sliced; "" for a file that lies in none."""
     parts = PurePosixPath(key).parts
@@ -63,6 +79,13 @@ def prepare(index: int, file: ImageFile, protocol: Protocol) -> Prepared:
         pixels = resize_and_crop(pixels, protocol.size_px, protocol.crop)
     digest = hashlib.sha256(data).hexdigest()
     return Prepared(index=index, key=file.key, pixels=np.ascontiguousarray(pixels), digest=digest)
+
+
+def measured_z(encoding: Encoding, protocol: Protocol, keys: Sequence[str]) -> Tensor:
+    """z (B, C, h, w) of the images of these keys: the mode, or the draw that each has under the protocol's seed."""
+    if protocol.posterior == "mode":
+        return encoding.z
+    return encoding.draw([image_generator(protocol.seed, key) for key in keys])
 
 
 def stand_digest(files: Sequence[ImageFile]) -> str:

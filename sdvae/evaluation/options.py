@@ -38,12 +38,17 @@ class EvaluateOptions:
                 raise ConfigError(f"{name} is {value}; expected 1 or more")
         if self.stress_images < 1 or self.swap_images < 1 or self.gallery_images < 0:
             raise ConfigError("stress_images and swap_images must be 1 or more, gallery_images 0 or more")
-        stress_names(",".join(self.stress) or "none")
+        if unknown := [name for name in self.stress if name not in STRESS_NAMES]:
+            raise ConfigError(_unknown_stress(unknown[0]))
 
 
 def stress_names(spec: str) -> tuple[str, ...]:
     """The stress tests that a comma-separated list, "all" or "none" means. Raises: ConfigError, which lists them."""
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if unknown := [part for part in parts if part not in (*STRESS_NAMES, "all", "none")]:
-        raise ConfigError(f"'{unknown[0]}' is no stress test; expected all, none or of {', '.join(STRESS_NAMES)}")
+        raise ConfigError(_unknown_stress(unknown[0]))
     return STRESS_NAMES if "all" in parts else tuple(name for name in STRESS_NAMES if name in parts)
+
+
+def _unknown_stress(name: str) -> str:
+    return f"'{name}' is no stress test; expected all, none or of {', '.join(STRESS_NAMES)}"

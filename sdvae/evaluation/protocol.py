@@ -89,12 +89,9 @@ class Protocol:
             },
         }
         del data["fid_statistics"]
-        return data | {"digest": _digest(data)}
-
-
-def _digest(data: dict[str, Any]) -> str:
-    counted = {name: value for name, value in data.items() if name != "preset"}  # a name changes no number
-    return "sha256:" + hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+        counted = {name: value for name, value in data.items() if name != "preset"}  # a name changes no number
+        digest = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+        return data | {"digest": f"sha256:{digest}"}
 
 
 # The first two: sets and sizes of the published tables (the SD VAE cards; ImageNet as in most papers). Those never

@@ -12,11 +12,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from sdvae.data.batches import OnProgress
 from sdvae.errors import ConfigError, OutputExistsError
 from sdvae.evaluation.blocks import BlockStore
 from sdvae.evaluation.conclude import conclude
 from sdvae.evaluation.gates import check_gates
-from sdvae.evaluation.measure import OnProgress, measure_blocks
+from sdvae.evaluation.measure import measure_blocks
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import EvaluationPlan, plan_evaluation
 from sdvae.evaluation.protocol import PRESETS, Protocol
@@ -66,29 +67,30 @@ def run_evaluation(plan: EvaluationPlan, on_progress: OnProgress | None = None) 
     SdvaeError where a device, a VAE, a network or a file is not there or does not fit.
     """
     processes = join_processes(plan.options.device)
-    setup = set_up(plan, processes)
-    store = BlockStore(plan.out / ".evaluation")
+    with processes.main_first():  # it downloads what must be downloaded
+        setup = set_up(plan, processes)
+    store = BlockStore(plan.out / ".evaluation", setup.inputs)
     started = time.perf_counter()
     result = _finished(setup)
     with ExitStack() as stack:
         stack.enter_context(exact_float32())  # metrics and features are compared with those of other machines
         for subject in setup.subjects.values():
             stack.enter_context(subject.tiled(plan.protocol.tiling))
-        if result is None and processes.is_main:
-            plan.out.mkdir(parents=True, exist_ok=True)
-            remove_leftovers([plan.out])
-            store.open(setup.inputs, overwrite=plan.options.overwrite)
-        processes.wait()
         if result is None:
+            with processes.main_first():
+                if processes.is_main:
+                    plan.out.mkdir(parents=True, exist_ok=True)
+                    remove_leftovers([plan.out])
+                    store.open(overwrite=plan.options.overwrite)
             measure_blocks(setup, store, on_progress)
-        processes.wait()
+        processes.gather(None)  # now all blocks are there
         if not processes.is_main:
             return None
         result = result or conclude(setup, store.load_all(setup), started)
     published = published_rows(plan.options.published) if plan.options.published else []
     result = replace(result, gates=check_gates(plan.gates, result), published=published)
     write_result(result, plan.out)
-    store.close(setup.inputs)
+    store.close()
     return result
 
 

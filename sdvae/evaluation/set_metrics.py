@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import Protocol
-from sdvae.files import write_atomic
-from sdvae.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance, statistics_bytes
+from sdvae.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from sdvae.metrics.moments import Moments
 
-__all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "SetFeatures", "measure_sets", "write_statistics"]
+__all__ = ["KID_SUBSET", "SET_METRIC_ROWS", "SetFeatures", "measure_sets"]
 
 KID_SUBSET = 1000  # images of a subset, as torch-fidelity draws them; of a smaller set all, once
 _KID_SUBSETS = 100
@@ -86,11 +85,6 @@ class SetFeatures:
         """(N, D), of all images."""
         assert self._rows is not None  # there is a file for them
         return self._rows[: self.count]
-
-
-def write_statistics(path: Path, moments: Moments, identity: Mapping[str, Any]) -> None:
-    """A file that `--fid-stats` takes, whole or not at all. Raises: OSError."""
-    write_atomic(statistics_bytes(moments, identity), path)
 
 
 def measure_sets(

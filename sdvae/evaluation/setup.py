@@ -13,14 +13,14 @@ from torch import Tensor
 from sdvae._version import __version__
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.errors import ConfigError, MissingWeightsError, SdvaeError
-from sdvae.evaluation.images import stand_digest
+from sdvae.evaluation.images import evenly_spaced, stand_digest
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import EvaluationPlan
 from sdvae.evaluation.protocol import SET_METRICS, Protocol
 from sdvae.evaluation.swap import swap_obstacle
 from sdvae.features.inception import build_inception
 from sdvae.metrics.fid import FeatureStatistics, load_statistics
-from sdvae.metrics.table import build_metric
+from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.device import choose_device
 from sdvae.processes import Processes
 
@@ -48,27 +48,19 @@ class Setup:
     device: torch.device
     subjects: dict[str, OpenedVae]
     swap_pairs: dict[str, tuple[OpenedVae, OpenedVae]]  # candidate -> it and the reference, of one kind of latents
+    swap_images: frozenset[int]  # indices of the images of swap tests, each of which costs four more decodings
     networks: Networks
     fid_reference: FeatureStatistics | None  # what stands for the originals
+    keeps_originals: bool  # whether blocks hold the originals' features
     inputs: dict[str, Any]  # what identifies this evaluation: equal inputs, equal numbers
-
-    @property
-    def swap_images(self) -> frozenset[int]:
-        """Indices of the images of swap tests: evenly spaced, whatever is measured besides."""
-        count, wanted = len(self.plan.files), min(len(self.plan.files), self.plan.options.swap_images)
-        return frozenset(place * count // wanted for place in range(wanted))
 
 
 def set_up(plan: EvaluationPlan, processes: Processes) -> Setup:
     """Raises: SdvaeError where a device, a VAE, a network or a file is not there or does not fit."""
     options = plan.options
-    if not processes.is_main:
-        processes.wait()  # the main process downloads what must be downloaded
     device, dtype = choose_device(options.device), getattr(torch, plan.protocol.dtype)
     networks = build_networks(plan.protocol, options, device)
     subjects = {entrant.id: open_any_vae(entrant.ref, device, dtype) for entrant in plan.entrants}
-    if processes.is_main:
-        processes.wait()
     left = {name for name, _ in networks.skipped}
     statistics, digest = None, None
     if options.fid_statistics is not None and networks.inception is not None:
@@ -77,6 +69,7 @@ def set_up(plan: EvaluationPlan, processes: Processes) -> Setup:
     metrics = tuple(name for name in plan.protocol.metrics if name not in left)
     plan = replace(plan, protocol=replace(plan.protocol, metrics=metrics, fid_statistics=digest))
     theirs = None if plan.reference is None else subjects[plan.reference.id]
+    keeps_originals = statistics is None or options.save_fid_statistics is not None
     return Setup(
         plan=plan,
         processes=processes,
@@ -89,8 +82,10 @@ def set_up(plan: EvaluationPlan, processes: Processes) -> Setup:
             and entrant.role == "candidate"
             and swap_obstacle(subjects[entrant.id], theirs) is None
         },
+        swap_images=frozenset(evenly_spaced(len(plan.files), options.swap_images)),
         networks=networks,
         fid_reference=statistics,
+        keeps_originals=keeps_originals,
         inputs={
             "sdvae": __version__,
             "images": stand_digest(plan.files),
@@ -98,7 +93,7 @@ def set_up(plan: EvaluationPlan, processes: Processes) -> Setup:
             "vaes": {entrant.id: [entrant.role, subjects[entrant.id].digest] for entrant in plan.entrants},
             "stress": [*options.stress, options.stress_images],
             "swap": options.swap_images,
-            "originals": statistics is None or options.save_fid_statistics is not None,  # whether blocks hold theirs
+            "originals": keeps_originals,
             "gallery": options.gallery_images,
         },
     )
@@ -115,7 +110,9 @@ def build_networks(protocol: Protocol, options: EvaluateOptions, device: torch.d
     for name in (name for name in protocol.metrics if name not in SET_METRICS):
         without = _WITHOUT.format(name=name)
         try:
-            metrics[name] = build_metric(name, options.weights_path, device=device, option="--weights", without=without)
+            metrics[name] = IMAGE_METRICS[name].build(
+                options.weights_path, device=device, option="--weights", without=without
+            )
         except (ConfigError, MissingWeightsError) as error:
             skipped.append((name, _reason(error, options, without)))
     set_metrics = tuple(name for name in protocol.metrics if name in SET_METRICS)

@@ -121,14 +121,13 @@ class SwapTest:
         return {"kl": np.asarray(float(kl.sum())), "num_kl": np.asarray(float(len(kl)))}
 
     def _cross_decode(self, latents: Sequence[Tensor], image: Tensor, metrics: Mapping[str, MetricFunction]) -> State:
-        functions = {"psnr": IMAGE_METRICS["psnr"].compute} | dict(metrics)
+        functions = {"psnr": IMAGE_METRICS["psnr"].build()} | dict(metrics)
         values: dict[str, list[Tensor]] = {name: [] for name in functions}
         for encoder, decoder in _PLACES:
             subject = self._subjects[decoder]
             z = subject.scale.to_z(latents[encoder]).float()
             recon = round_to_8_bits(subject.decode(z, *image.shape[2:]))
             for name, function in functions.items():
-                assert function is not None  # psnr needs no network
                 values[name].append(function(recon, image).cpu().double())
         state: State = {}
         for name, columns in values.items():

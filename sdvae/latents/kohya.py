@@ -91,15 +91,12 @@ def to_bytes(header: LatentHeader, arrays: Arrays) -> bytes:
     `z` is not written: it is `latents` in the precision that the header names.
     """
     original = Size(width=header.source.width, height=header.source.height)
+    contents: dict[str, Any] = {name: array for name, array in arrays.items() if name != "z"}
+    contents["original_size"] = np.array([original.width, original.height])
+    contents["crop_ltrb"] = np.array(crop_ltrb(header.image, original))
+    contents[_HEADER] = np.array(json.dumps(header.to_json()).encode("ascii"))  # bytes: a str takes four times the room
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        allow_pickle=False,
-        **{name: array for name, array in arrays.items() if name != "z"},
-        original_size=np.array([original.width, original.height]),
-        crop_ltrb=np.array(crop_ltrb(header.image, original)),
-        **{_HEADER: np.array(json.dumps(header.to_json()).encode("ascii"))},  # bytes: a str takes four times the room
-    )
+    np.savez(buffer, **contents)  # numpy before 2.2 takes allow_pickle for the name of an array
     return buffer.getvalue()
 
 

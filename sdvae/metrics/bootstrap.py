@@ -1,4 +1,4 @@
-"""Confidence intervals of means by the bootstrap: BCa, for many columns of numbers at once. Numpy only.
+"""What numbers of images come to: means with confidence intervals by the bootstrap (BCa), medians, spreads. Numpy only.
 
 The images are the sample. Metrics of one image are bounded or skewed, so symmetric intervals would lie; BCa follows the
 skewness. Numbers of a whole set (FID) have no such interval here.
@@ -7,15 +7,17 @@ skewness. Numbers of a whole set (FID) have no such interval here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mean_intervals"]
+__all__ = ["Floats", "Values", "mean_intervals", "numbers", "slice_summaries", "summarise", "table"]
 
 Floats = NDArray[np.float64]
+Values = Mapping[str, Sequence[float | None] | Floats]  # metric -> one number per image, in one order
 
 _NORMAL = NormalDist()
 _CHUNK_NUMBERS = 1 << 20  # entries of one block of resample counts: 8 MB, whatever the number of images
@@ -108,3 +110,61 @@ def _expanded_limit(n: int, level: float) -> float:
     )
     t: float = z + sum(term / dof**power for power, term in enumerate(terms, start=1))
     return t * math.sqrt(n / (n - 1))
+
+
+def summarise(values: Values, *, resamples: int = 9999, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Image metric -> mean, its 95 % bootstrap interval (low, high), std over images (n - 1), median, p5, p95, count.
+
+    Images without a number (NaN, None) are left out; count says how many remain.
+    """
+    columns = table(values, list(values))
+    low, high = map(numbers, mean_intervals(columns, resamples=resamples, seed=seed))
+    return {name: _summary(columns[:, i], low[i], high[i]) for i, name in enumerate(values)}
+
+
+def slice_summaries(
+    values: Values, slices: Sequence[str | None], *, resamples: int = 9999, seed: int = 0
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Slice -> image metric -> mean, low, high, count.
+
+    slices: of each image; images without one (None or empty) are in no slice.
+    """
+    found = {}
+    for label in sorted({label for label in slices if label}):
+        rows = [row for row, each in enumerate(slices) if each == label]
+        members = {name: np.asarray(column, dtype=np.float64)[rows] for name, column in values.items()}
+        found[label] = {
+            name: {field: entry[field] for field in ("mean", "low", "high", "count")}
+            for name, entry in summarise(members, resamples=resamples, seed=seed).items()
+        }
+    return found
+
+
+def table(values: Values, names: Sequence[str]) -> Floats:
+    """(n, m): a column for each name. What is missing or not finite becomes NaN."""
+    if not names:
+        return np.empty((0, 0))
+    found = np.stack([np.asarray(values[name], dtype=np.float64) for name in names], axis=1)  # None becomes NaN
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _summary(column: Floats, low: float | None, high: float | None) -> dict[str, Any]:
+    known = column[~np.isnan(column)]
+    if not len(known):
+        return dict.fromkeys(("mean", "low", "high", "std", "median", "p5", "p95")) | {"count": 0}
+    p5, median, p95 = np.percentile(known, [5, 50, 95])
+    return {
+        "mean": float(known.mean()),
+        "low": low,
+        "high": high,
+        "std": float(known.std(ddof=1)) if len(known) > 1 else None,
+        "median": float(median),
+        "p5": float(p5),
+        "p95": float(p95),
+        "count": len(known),
+    }
+
+
+def numbers(values: Floats) -> list[float | None]:
+    """With None for what does not exist."""
+    return [float(value) if math.isfinite(value) else None for value in values]

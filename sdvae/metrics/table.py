@@ -6,10 +6,9 @@ sets of images, and statistics of latents.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,15 @@ from sdvae.features.lpips import LPIPS, MIN_PX, build_lpips, find_lpips_weights
 from sdvae.metrics.colour import mean_ciede2000
 from sdvae.metrics.ssim import MS_SSIM_MIN_PX, UNIFORM_PX, WINDOW_PX, ms_ssim, ssim, ssim_uniform
 
-__all__ = ["IMAGE_METRICS", "MAX_PSNR", "Compute", "Metric", "build_metric", "find_metric_weights", "psnr"]
+__all__ = [
+    "IMAGE_METRICS",
+    "MAX_PSNR",
+    "Compute",
+    "Metric",
+    "compute_metrics",
+    "large_enough",
+    "psnr",
+]
 
 # (recon, image), both (B, 3, H, W), float32 in [0, 1], multiples of 1/255 -> (B,), float64, on the CPU
 Compute = Callable[[Tensor, Tensor], Tensor]
@@ -52,8 +59,8 @@ class Metric:
     definition: str  # all that a reader needs to compute the same
     source: str  # paper or standard
     min_px: int = 1  # smallest side of an image
-    network: Literal["lpips_alex", "lpips_vgg", "dists"] | None = None  # the frozen network that it needs
-    # NaN where undefined; ConfigError for images below min_px. None with a network: `build_metric` makes it.
+    network: Literal["alex", "vgg", "dists"] | None = None  # the frozen network that it needs
+    # NaN where undefined; ConfigError for images below min_px. None with a network: `build` makes it.
     compute: Compute | None = field(default=None, repr=False, compare=False)
 
     def goodness(self, value: Any) -> Any:
@@ -61,6 +68,40 @@ class Metric:
         if self.better == "higher":
             return value
         return -value if self.better == "lower" else -abs(value - self.target)
+
+    def build(
+        self,
+        weights_path: str | Path | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        option: str = "weights_path",
+        without: str = "",
+    ) -> Compute:
+        """The function of the metric: (recon, image), both (B, 3, H, W) in [0, 1] -> (B,), float64, on the CPU.
+
+        Of a metric with a network, it keeps the features of the last `image` for the next call with the same tensor.
+        weights_path: a file or folder with the backbone's weights; None: the usual places.
+        device: of the network; metrics without one compute where the images are.
+        option: what the user calls `weights_path`; without: how the user does without the metric. Both for the message.
+        Raises: ConfigError for a missing package; MissingWeightsError, CheckpointError for the weights.
+        """
+        if self.compute is not None:
+            return self.compute
+        network: LPIPS | DISTS
+        if self.network in ("alex", "vgg"):
+            network = build_lpips(self.network, weights_path, option=option, without=without)
+        else:
+            network = build_dists(weights_path, option=option, without=without)
+        return _checked(self, _OnNetwork(network, device))
+
+    def find_weights(self, weights_path: str | Path | None = None, *, option: str = "weights_path") -> Path | None:
+        """The weights that `build` would read, where they are on this machine; None for a metric without a network.
+
+        For checks before the work starts: nothing is downloaded or loaded. Arguments and errors as `build`.
+        """
+        if self.network in ("alex", "vgg"):
+            return find_lpips_weights(self.network, weights_path, option=option)
+        return None if self.network is None else find_dists_weights(weights_path, option=option)
 
 
 def psnr(image: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:
@@ -192,7 +233,7 @@ def _lpips_row(net: Literal["alex", "vgg"], backbone: str) -> Metric:
         ),
         source=_ZHANG,
         min_px=MIN_PX[net],
-        network="lpips_alex" if net == "alex" else "lpips_vgg",
+        network=net,
     )
 
 
@@ -338,54 +379,11 @@ IMAGE_METRICS: dict[str, Metric] = {
 }
 
 
-def find_metric_weights(
-    name: str, weights_path: str | Path | None = None, *, option: str = "weights_path", without: str = ""
-) -> Path | None:
-    """The weights that `build_metric` would read, where they are on this machine; None for a metric without a network.
-
-    For checks before the work starts: nothing is downloaded or loaded. Arguments and errors as `build_metric`.
-    """
-    network = _known(name).network
-    if network is None:
-        return None
-    if network == "dists":
-        return find_dists_weights(weights_path, option=option, without=without)
-    net: Literal["alex", "vgg"] = "alex" if network == "lpips_alex" else "vgg"
-    return find_lpips_weights(net, weights_path, option=option, without=without)
+def large_enough(metrics: Mapping[str, Compute], image: Tensor) -> dict[str, Compute]:
+    """Those of the metrics that can be computed on images (..., H, W) of this size."""
+    return {name: compute for name, compute in metrics.items() if min(image.shape[-2:]) >= IMAGE_METRICS[name].min_px}
 
 
-def build_metric(
-    name: str,
-    weights_path: str | Path | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    option: str = "weights_path",
-    without: str = "",
-) -> Compute:
-    """The function of a metric: (recon, image), both (B, 3, H, W) in [0, 1] -> (B,), float64, on the CPU.
-
-    Of a metric with a network, it keeps the features of the last `image` for the next call with the same tensor.
-    weights_path: a file or folder with the backbone's weights; None: the usual places.
-    device: of the network; metrics without one compute where the images are.
-    option: what the user calls `weights_path`; without: how the user does without the metric. Both for the message.
-    Raises: ConfigError for an unknown name or a missing package; MissingWeightsError, CheckpointError for the weights.
-    """
-    metric = _known(name)
-    if metric.compute is not None:
-        return metric.compute
-    network: LPIPS | DISTS
-    if metric.network == "dists":
-        network = build_dists(weights_path, option=option, without=without)
-    else:
-        network = build_lpips(
-            "alex" if metric.network == "lpips_alex" else "vgg", weights_path, option=option, without=without
-        )
-    return _checked(metric, _OnNetwork(network, device))
-
-
-def _known(name: str) -> Metric:
-    if name in IMAGE_METRICS:
-        return IMAGE_METRICS[name]
-    near = difflib.get_close_matches(name, IMAGE_METRICS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(f"no image metric is called {name!r}; {hint}known: {', '.join(IMAGE_METRICS)}")
+def compute_metrics(metrics: Mapping[str, Compute], recon: Tensor, image: Tensor) -> dict[str, Tensor]:
+    """All metrics that the images are large enough for. recon, image: as for `Compute`."""
+    return {name: compute(recon, image) for name, compute in large_enough(metrics, image).items()}

@@ -39,13 +39,8 @@ class LayerPeak:
 
     def to_json(self) -> dict[str, Any]:
         bits = {SHORT[name]: headroom_bits(self.peak, name) for name in LIMITS}
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "peak": self.peak,
-            "p99_99": self.percentile,
-            "headroom_bits": bits,
-        }
+        record = {"name": self.name, "kind": self.kind, "peak": self.peak, "p99_99": self.percentile}
+        return record | {"headroom_bits": bits}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +50,6 @@ class NormInput:
     name: str
     eps: float
     min_variance: float  # smallest variance of a group of an image
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "eps": self.eps, "min_variance": self.min_variance}
 
 
 Look = Callable[[str, nn.Module, Tensor, Tensor], None]  # name, module, its first input, its output

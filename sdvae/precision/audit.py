@@ -1,13 +1,13 @@
 """The precision audit: how large the numbers inside an autoencoder become, and which number formats can hold them.
 
 One pass in float32 measures the outputs of all layers (`activations.py`), a second one on small images really computes
-in each format (`precision_probe.py`), and both together give a verdict (`precision_verdict.py`).
+in each format (`probe.py`), and both together give a verdict (`verdict.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -85,13 +85,13 @@ class Audit:
             "device": self.device,
             "num_images": self.num_images,
             "limits": {SHORT[name]: limit for name, limit in LIMITS.items()},
-            "verdicts": [verdict.to_json() for verdict in self.verdicts],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "force_upcast": self.force_upcast,
             "upcast": self.upcast,
             "hazards": self.hazards,
             "probes": [each.to_json() for each in self.probes],
             "attention_logits": dict(self.logits),
-            "norms": [norm.to_json() for norm in self.norms],
+            "norms": [asdict(norm) for norm in self.norms],
             "layers": [layer.to_json() for layer in self.layers],
         }
 

@@ -16,6 +16,7 @@ from sdvae.precision.activations import LayerPeak
 from sdvae.precision.audit import Audit
 from sdvae.precision.number_formats import LIMITS
 from sdvae.precision.verdict import repair_of
+from sdvae.report.charts import caption, px, stroke
 
 __all__ = ["audit_chart"]
 
@@ -97,13 +98,15 @@ class _Axes:
 def _heading(audit: Audit, sentence: str) -> Markup:
     name = audit.vae if len(audit.vae) <= 70 else "..." + audit.vae[-67:]
     images = f"{audit.num_images} image{'s' if audit.num_images != 1 else ''}"
-    line = _text("head", _LEFT, 24, f"Peak magnitudes in {name}, {images}, float32") + _text("ink", _LEFT, 43, sentence)
+    line = caption("head", _LEFT, 24, f"Peak magnitudes in {name}, {images}, float32") + caption(
+        "ink", _LEFT, 43, sentence
+    )
     x = float(_LEFT)
     for name, words in _LEGEND:
-        line += Markup('<g class="{}"><circle cx="{}" cy="{}" r="4"/></g>').format(name, _n(x + 4), 60)
-        line += _text("", x + 13, 64, words)
+        line += Markup('<g class="{}"><circle cx="{}" cy="{}" r="4"/></g>').format(name, px(x + 4), 60)
+        line += caption("", x + 13, 64, words)
         x += 30 + 6.1 * len(words)
-    return line + _text("", x, 64, "dot: peak, tick: 99.99 %")
+    return line + caption("", x, 64, "dot: peak, tick: 99.99 %")
 
 
 def _blocks(layers: Sequence[LayerPeak], axes: _Axes) -> Iterator[Markup]:
@@ -115,14 +118,14 @@ def _blocks(layers: Sequence[LayerPeak], axes: _Axes) -> Iterator[Markup]:
         left, right = axes.x(indices[0]) - half, axes.x(indices[-1]) + half
         if number % 2:
             yield Markup('<rect class="band" x="{}" y="{}" width="{}" height="{}"/>').format(
-                _n(left), _TOP, _n(right - left), _BASE - _TOP
+                px(left), _TOP, px(right - left), _BASE - _TOP
             )
         if right - left >= max(_BLOCK_LABEL_PX, 6.5 * len(block)):
-            yield _text("middle", (left + right) / 2, _BASE + 18, block)
+            yield caption("middle", (left + right) / 2, _BASE + 18, block)
         if part != part_before:
             if part_before:
-                yield _line("part", left, _TOP, left, _BASE + 44)
-            yield _text("ink", left + 4, _BASE + 40, part)
+                yield stroke("part", left, _TOP, left, _BASE + 44)
+            yield caption("ink", left + 4, _BASE + 40, part)
         part_before = part
 
 
@@ -140,25 +143,25 @@ def _grid(axes: _Axes) -> Iterator[Markup]:
     every = math.ceil((axes.high - axes.low) / 10)
     for power in range(axes.low, axes.high + 1, every):
         y = axes.y(10.0**power)
-        yield _line("grid", _LEFT, y, _WIDTH - _RIGHT, y)
-        yield _text("end", _LEFT - 8, y + 4, f"{10.0**power:g}" if -4 < power < 5 else f"1e{power}")
+        yield stroke("grid", _LEFT, y, _WIDTH - _RIGHT, y)
+        yield caption("end", _LEFT - 8, y + 4, f"{10.0**power:g}" if -4 < power < 5 else f"1e{power}")
     y = axes.y(LIMITS["float16"])
-    yield _line("limit", _LEFT, y, _WIDTH - _RIGHT, y)
-    yield _text("end limit-text", _WIDTH - _RIGHT, y - 5, f"fp16 ends at {LIMITS['float16']:g}")
+    yield stroke("limit", _LEFT, y, _WIDTH - _RIGHT, y)
+    yield caption("end limit-text", _WIDTH - _RIGHT, y - 5, f"fp16 ends at {LIMITS['float16']:g}")
 
 
 def _layer(layer: LayerPeak, x: float, axes: _Axes) -> Markup:
     role = repair_of(layer.name) or "other"
     low, high = axes.y(layer.percentile), axes.y(layer.peak)
     words = f"{layer.name} ({layer.kind}): peak {layer.peak:.4g}, 99.99 % at most {layer.percentile:.4g}"
-    ring = Markup('<circle class="ring" cx="{}" cy="{}" r="6"/>').format(_n(x), _n(high))
+    ring = Markup('<circle class="ring" cx="{}" cy="{}" r="6"/>').format(px(x), px(high))
     return Markup('<g class="{}"><title>{}</title>{}{}<circle cx="{}" cy="{}" r="3.2"/>{}</g>').format(
         role,
         words,
-        _line("stem", x, low, x, high),
-        _line("tick", x - 3.5, low, x + 3.5, low),
-        _n(x),
-        _n(high),
+        stroke("stem", x, low, x, high),
+        stroke("tick", x - 3.5, low, x + 3.5, low),
+        px(x),
+        px(high),
         ring if layer.peak > LIMITS["float16"] else Markup(),
     )
 
@@ -170,17 +173,5 @@ def _annotation(audit: Audit, axes: _Axes) -> Iterator[Markup]:
     layer, x = audit.layers[index], axes.x(index)
     side, step = ("end", -5) if x > _WIDTH / 2 else ("", 5)
     kind = "over" if layer.peak > LIMITS["float16"] else "ink name"
-    yield _line("leader", x, _TOP + 4, x, axes.y(layer.peak) - 7)
-    yield _text(f"{kind} {side}", x + step, _TOP + 14, f"{name}: {layer.peak:.3g}")
-
-
-def _n(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _text(name: str, x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(name, _n(x), _n(y), text)
-
-
-def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(name, _n(x1), _n(y1), _n(x2), _n(y2))
+    yield stroke("leader", x, _TOP + 4, x, axes.y(layer.peak) - 7)
+    yield caption(f"{kind} {side}", x + step, _TOP + 14, f"{name}: {layer.peak:.3g}")

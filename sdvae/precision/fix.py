@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ from sdvae.checkpoints.store import keep_card, why_no_vae_folder
 from sdvae.checkpoints.tensor_files import differing
 from sdvae.checkpoints.write import write_diffusers_folder
 from sdvae.data.images import Pixels, image_to_x
-from sdvae.errors import CheckpointError, ConfigError
+from sdvae.errors import CheckpointError
 from sdvae.files import new_folder
-from sdvae.model.device import exact_float32
+from sdvae.model.device import choose_device, exact_float32
 from sdvae.precision.audit import Audit, audit
 from sdvae.precision.number_formats import LIMITS, headroom_bits
+from sdvae.precision.options import FixOptions
 from sdvae.precision.verdict import repair_of
 
-__all__ = ["HEADROOM_BITS", "MAX_CHANGE", "Fix", "choose_exponents", "fix_fp16"]
+__all__ = ["MAX_CHANGE", "Fix", "choose_exponents", "fix_fp16"]
 
-HEADROOM_BITS = 2.0  # room for images with values four times as large as those of the audit
 MAX_CHANGE = 1e-4  # of the function in float32, as a share of the output's range
 _FP16 = "float16"
 
@@ -59,7 +59,7 @@ class Fix:
     @property
     def needed(self) -> bool:
         """Whether there was anything to fix."""
-        return not _is_nothing(self.scale)
+        return bool(self.scale.changes)
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder is what `save` writes. Raises: CheckpointError if there is no VAE in it."""
@@ -98,7 +98,7 @@ class Fix:
         }
 
 
-def choose_exponents(found: Audit, headroom_bits: float = HEADROOM_BITS) -> StreamScale:
+def choose_exponents(found: Audit, headroom_bits: float) -> StreamScale:
     """The smallest powers of two that leave every layer so many bits below float16's limit.
 
     Raises: CheckpointError for values beyond the limit that no power of two can make smaller.
@@ -127,27 +127,24 @@ def choose_exponents(found: Audit, headroom_bits: float = HEADROOM_BITS) -> Stre
 def fix_fp16(
     checkpoint: Checkpoint,
     images: Sequence[Pixels],
+    options: FixOptions | None = None,
     *,
     name: str,
-    headroom_bits: float = HEADROOM_BITS,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    probe_size_px: int = 64,
 ) -> Fix:
     """Rewrite a VAE so that it fits into float16, and measure what that changed.
 
-    images: (H, W, 3), uint8; what is measured holds for images like these. name: of the VAE, for messages. dtype: of
-        the weights that come out; None keeps each. Where nothing is to fix, the weights come back as they are.
+    images: (H, W, 3), uint8; what is measured holds for images like these. name: of the VAE, for messages.
+    Where nothing is to fix, the weights come back as they are, but for the dtype that is asked for.
     Raises: CheckpointError where float16 cannot be reached, or only by changing the function; it says what is in the
-        way. ConfigError for a headroom below 0 or no image.
+        way. ConfigError for a device that is missing or no image.
     """
-    if not 0 <= headroom_bits <= 8:
-        raise ConfigError(f"headroom is {headroom_bits:g} bits; expected 0 to 8")
-    device = device or torch.device("cpu")
+    options = options or FixOptions()
+    device, headroom_bits, probe_size_px = choose_device(options.device), options.headroom_bits, options.probe_size_px
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
     subject = _subject(checkpoint.tensors, checkpoint.fields, name, device)
     before = audit(subject, images, dtypes=(_FP16,), probe_size_px=probe_size_px)
     scale = choose_exponents(before, headroom_bits)
-    if _is_nothing(scale) and dtype is None:
+    if not scale.changes and dtype is None:
         return _fix(checkpoint, dict(checkpoint.tensors), scale, headroom_bits, before, before, (0.0, 0.0))
     # widened first: what is too small for half precision is none of float32's problems
     source = {n: t.float() if dtype == torch.float32 else t for n, t in checkpoint.tensors.items()}
@@ -183,7 +180,7 @@ def _fix(
     """The result. Raises: CheckpointError where float16 is still out of reach."""
     verdict = after.verdict(_FP16)
     if verdict.level not in ("safe", "at risk"):
-        cause = "no power of two is of use" if _is_nothing(scale) else "not repaired by powers of two"
+        cause = "not repaired by powers of two" if scale.changes else "no power of two is of use"
         raise CheckpointError(f"{before.vae}: {cause}; {verdict.sentence}")
     norm, effect = _largest_epsilon_effect(before, scale)
     upcast = {"force_upcast": False} if verdict.level == "safe" else {}
@@ -297,22 +294,16 @@ def _notes(checkpoint: Checkpoint, scale: StreamScale, name: str, digest: str) -
     notes = {key: value for key, value in checkpoint.notes.items() if key != "conversion"}
     notes |= {"source": name, "source_digest": digest}
     notes |= {ASSUMED_NOTE: list(checkpoint.assumed)} if checkpoint.assumed else {}
-    if _is_nothing(scale):
+    if not scale.changes:
         return notes
-    networks = {"encoder": scale.encoder, "decoder": scale.decoder, **scale.blocks}
-    parts = ", ".join(f"{name} 2^{exponent}" for name, exponent in networks.items() if exponent)
+    parts = ", ".join(f"{name} 2^{exponent}" for name, exponent in scale.changes.items())
     return notes | {"rewrites": [*notes.get("rewrites", []), f"fix-fp16: {parts}"]}
 
 
-def _is_nothing(scale: StreamScale) -> bool:
-    return not (scale.encoder or scale.decoder or any(scale.blocks.values()))
-
-
 def _summary(found: Audit) -> dict[str, Any]:
-    verdict = found.verdict(_FP16)
     return {
         "digest": found.digest,
-        "verdict": verdict.to_json(),
+        "verdict": asdict(found.verdict(_FP16)),
         "peak": found.tightest(1)[0].peak,
         "probe": found.probes[0].to_json(),
     }

@@ -57,8 +57,7 @@ def probe(subject: OpenedVae, images: Sequence[Pixels], dtype: str) -> Probe:
 
     The encoder's z goes into the decoder, unless it is not finite: then float32's does, so that both are tried.
     """
-    size, compute = images[0].shape[0], IMAGE_METRICS["psnr"].compute
-    assert compute is not None  # it needs no network
+    size, compute = images[0].shape[0], IMAGE_METRICS["psnr"].build()
     cast = subject.in_dtype(getattr(torch, dtype))
     about: dict[str, Any] = {"dtype": dtype, "size_px": size, "num_images": len(images)}
     bad: dict[str, str] = {}  # encoder and decoder -> first layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from sdvae.precision.activations import LayerPeak
 from sdvae.precision.number_formats import LIMITS, SHORT, headroom_bits
@@ -27,15 +27,6 @@ class Verdict:
     headroom_bits: float  # log2(limit / largest magnitude); below 0 it overflows
     layer: str  # the first that overflows, else the one with the least headroom
     sentence: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "dtype": self.dtype,
-            "level": self.level,
-            "headroom_bits": self.headroom_bits,
-            "layer": self.layer,
-            "sentence": self.sentence,
-        }
 
 
 def repair_of(name: str) -> Literal["stream", "block", None]:

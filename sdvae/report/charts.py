@@ -11,7 +11,12 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup, escape
 
-__all__ = ["bar", "bins", "delta_strip", "difference_histogram", "dumbbells", "heat_map", "lines", "ridges", "strip"]
+from sdvae.report.text import number
+
+__all__ = [
+    *("bar", "bins", "delta_strip", "difference_histogram", "dumbbells", "heat_map", "lines", "ridges", "strip"),
+    *("caption", "px", "stroke"),  # of which charts are made
+]
 
 MAX_BINS = 36
 NUMBERS_IN_HEAT_MAP = 8  # more channels leave no room for a number in each cell
@@ -22,8 +27,8 @@ Series = tuple[str, str, Sequence[tuple[float, float | None]]]  # label, class, 
 def strip(value: float, low: float | None, high: float | None, scale: tuple[float, float], label: str) -> Markup:
     """A dot with its interval on a thin line that spans `scale`."""
     place = _scale(scale, (6, 234))
-    whisker = "" if low is None or high is None else _line("whisker", place(low), 7, place(high), 7)
-    marks = _line("rule", 2, 7, 238, 7) + whisker + _dot("dot", place(value), 7, 4.5)
+    whisker = "" if low is None or high is None else stroke("whisker", place(low), 7, place(high), 7)
+    marks = stroke("rule", 2, 7, 238, 7) + whisker + _dot("dot", place(value), 7, 4.5)
     return _svg(240, 14, "strip", label, marks)
 
 
@@ -38,9 +43,9 @@ def delta_strip(
     sides = Markup('<rect class="bad-side" x="0" y="2" width="70" height="18" rx="3"/>') + Markup(
         '<rect class="good-side" x="70" y="2" width="70" height="18" rx="3"/>'
     )
-    whisker = "" if low is None or high is None else _line("whisker", place(sign * low), 11, place(sign * high), 11)
+    whisker = "" if low is None or high is None else stroke("whisker", place(sign * low), 11, place(sign * high), 11)
     dot = _dot("dot" if whisker else "dot hollow", place(sign * delta), 11, 4)
-    return _svg(140, 22, f"strip delta {verdict}", label, sides + _line("zero", 70, 0, 70, 22) + whisker + dot)
+    return _svg(140, 22, f"strip delta {verdict}", label, sides + stroke("zero", 70, 0, 70, 22) + whisker + dot)
 
 
 def bins(values: Sequence[float]) -> list[float]:
@@ -63,14 +68,14 @@ def ridges(rows: Sequence[tuple[str, Sequence[float]]], label: str) -> Markup:
     marks = Markup()
     for index, ((name, values), row) in enumerate(zip(rows, counts, strict=True)):
         base = (index + 1) * height
-        steps = [f"M{_n(place(edges[0]))} {base}"]
+        steps = [f"M{px(place(edges[0]))} {base}"]
         for left, right, count in zip(edges, edges[1:], row, strict=False):
             y = base - (height - 6) * count / max(len(values), 1) / top
-            steps.append(f"L{_n(place(left))} {_n(y)}L{_n(place(right))} {_n(y)}")
-        path = "".join(steps) + f"L{_n(place(edges[-1]))} {base}Z"
+            steps.append(f"L{px(place(left))} {px(y)}L{px(place(right))} {px(y)}")
+        path = "".join(steps) + f"L{px(place(edges[-1]))} {base}Z"
         mean = place(sum(values) / len(values)) if values else place(edges[0])
         marks += Markup('<g class="{}"><path class="area" d="{}"/>{}{}</g>').format(
-            name, path, _line("rule", 8, base, 332, base), _line("mean", mean, base - height + 8, mean, base)
+            name, path, stroke("rule", 8, base, 332, base), stroke("mean", mean, base - height + 8, mean, base)
         )
     base = len(rows) * height
     return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (edges[0], edges[-1]), base))
@@ -90,14 +95,16 @@ def difference_histogram(differences: Sequence[float], sign: float, label: str) 
             good = (left + right) * sign > 0
             marks += Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
                 "good" if good else "bad",
-                _n(place(left) + 0.5),
-                _n(base - height),
-                _n(max(place(right) - place(left) - 1, 1)),
-                _n(height),
+                px(place(left) + 0.5),
+                px(base - height),
+                px(max(place(right) - place(left) - 1, 1)),
+                px(height),
                 f"{count} images",
             )
     mean = place(sum(differences) / len(differences))
-    marks += _line("rule", 8, base, 332, base) + _line("zero", 170, 0, 170, base) + _line("mean", mean, 2, mean, base)
+    marks += (
+        stroke("rule", 8, base, 332, base) + stroke("zero", 170, 0, 170, base) + stroke("mean", mean, 2, mean, base)
+    )
     return _svg(340, base + 20, "chart", label, marks + _x_axis(place, (-extent, extent), base, signed=True))
 
 
@@ -129,16 +136,16 @@ def lines(
     ticks = _log_ticks(low, high) if y_log else nice_ticks(low - pad, high + pad, 4)
     for tick, text in zip(ticks, _powers(ticks) if y_log else _labels(ticks), strict=True):
         y = y_place(tick)
-        marks += _line("grid", 44, y, 332, y) + _text("end", 40, y + 3.5, text)
+        marks += stroke("grid", 44, y, 332, y) + caption("end", 40, y + 3.5, text)
     for tick in x_ticks:
-        marks += _text("middle", x_place(turn(tick)), 184, f"{tick:g}")
-    marks += _text("middle title", 190, 199, x_title)
+        marks += caption("middle", x_place(turn(tick)), 184, f"{tick:g}")
+    marks += caption("middle title", 190, 199, x_title)
     for name_of_line, name, values in seen:
         spots = [(x_place(turn(x)), y_place(math.log10(y) if y_log else y), x, y) for x, y in values]
-        path = "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y, _, _ in spots)
+        path = "M" + "L".join(f"{px(x)} {px(y)}" for x, y, _, _ in spots)
         dots = Markup().join(
             Markup('<circle class="dot" cx="{}" cy="{}" r="3.5"><title>{}</title></circle>').format(
-                _n(x), _n(y), f"{name_of_line}, {raw_x:g}: {_significant(raw_y)}"
+                px(x), px(y), f"{name_of_line}, {raw_x:g}: {_significant(raw_y)}"
             )
             for x, y, raw_x, raw_y in (spots if points else ())
         )
@@ -160,20 +167,20 @@ def heat_map(matrix: Sequence[Sequence[float | None]], label: str) -> Markup:
                 '<rect class="{}" x="{}" y="{}" width="{}" height="{}" fill-opacity="{}"><title>{}</title></rect>'
             ).format(
                 "minus" if known < 0 else "plus",
-                _n(x + 0.5),
-                _n(y + 0.5),
-                _n(cell - 1),
-                _n(cell - 1),
+                px(x + 0.5),
+                px(y + 0.5),
+                px(cell - 1),
+                px(cell - 1),
                 f"{min(abs(known), 1):.2f}",
-                f"channels {row} and {column}: " + ("n/a" if value is None else _signed(value, 2)),
+                f"channels {row} and {column}: {number(value, 2)}",
             )
             if count <= NUMBERS_IN_HEAT_MAP:
                 name = "middle number on-dark" if abs(known) > 0.65 else "middle number"
-                marks += _text(name, x + cell / 2, y + cell / 2 + 4, "n/a" if value is None else _signed(value, 2))
+                marks += caption(name, x + cell / 2, y + cell / 2 + 4, number(value, 2))
     every = math.ceil(count / 8)
     for index in range(0, count, every):
         centre = (index + 0.5) * cell
-        marks += _text("end", 16, centre + 3.5, str(index)) + _text("middle", 20 + centre, 214, str(index))
+        marks += caption("end", 16, centre + 3.5, str(index)) + caption("middle", 20 + centre, 214, str(index))
     return _svg(224, 218, "chart heat", label, marks)
 
 
@@ -182,9 +189,9 @@ def bar(value: float, limit: float, *, centred: bool) -> Markup:
     share = max(-1.0, min(1.0, value / limit)) if limit else 0.0
     left = 50 + min(share, 0) * 48 if centred else 1
     width = abs(share) * (48 if centred else 98)
-    rule = _line("zero", 50, 0, 50, 12) if centred else Markup()
+    rule = stroke("zero", 50, 0, 50, 12) if centred else Markup()
     mark = Markup('<rect class="bar" x="{}" y="2" width="{}" height="8" rx="1.5"/>').format(
-        _n(left), _n(max(width, 0.8))
+        px(left), px(max(width, 0.8))
     )
     return Markup(
         '<svg class="strip" viewBox="0 0 100 12" width="100" height="12" aria-hidden="true">{}{}</svg>'
@@ -200,9 +207,9 @@ def dumbbells(rows: Sequence[tuple[float | None, float | None]], classes: tuple[
     marks = Markup()
     for index, (first, second) in enumerate(rows):
         y = index * height + 12
-        marks += _text("end", 22, y + 3.5, str(index)) + _line("grid", 30, y, 330, y)
+        marks += caption("end", 22, y + 3.5, str(index)) + stroke("grid", 30, y, 330, y)
         if first is not None and second is not None:
-            marks += _line("join", place(first), y, place(second), y)
+            marks += stroke("join", place(first), y, place(second), y)
         for name, value in zip(classes, (first, second), strict=True):
             if value is None:
                 continue
@@ -260,12 +267,10 @@ def _x_axis(place: Callable[[float], float], ends: tuple[float, float], y: float
     ticks = nice_ticks(*ends, 5)
     for tick, text in zip(ticks, _labels(ticks), strict=True):
         plus = "+" if signed and tick > 0 else ""
-        marks += _line("rule", place(tick), y, place(tick), y + 3) + _text("middle", place(tick), y + 15, plus + text)
+        marks += stroke("rule", place(tick), y, place(tick), y + 3) + caption(
+            "middle", place(tick), y + 15, plus + text
+        )
     return marks
-
-
-def _signed(value: float, decimals: int) -> str:
-    return _minus(f"{value:.{decimals}f}")
 
 
 def _significant(value: float) -> str:
@@ -277,25 +282,25 @@ def _minus(text: str) -> str:
     return text if text == digits else ("−" + digits if digits.strip("0.") else digits)
 
 
-def _n(value: float) -> str:
+def px(value: float) -> str:
     """A coordinate: a tenth of a pixel is enough, and short."""
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(name, _n(x1), _n(y1), _n(x2), _n(y2))
+def stroke(name: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(name, px(x1), px(y1), px(x2), px(y2))
 
 
 def _dot(name: str, x: float, y: float, radius: float, title: str = "") -> Markup:
     inside = Markup("<title>{}</title>").format(title) if title else Markup()
-    return Markup('<circle class="{}" cx="{}" cy="{}" r="{}">{}</circle>').format(name, _n(x), _n(y), radius, inside)
+    return Markup('<circle class="{}" cx="{}" cy="{}" r="{}">{}</circle>').format(name, px(x), px(y), radius, inside)
 
 
-def _text(name: str, x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(name, _n(x), _n(y), text)
+def caption(name: str, x: float, y: float, text: str) -> Markup:
+    return Markup('<text class="{}" x="{}" y="{}">{}</text>').format(name, px(x), px(y), text)
 
 
 def _svg(width: float, height: float, name: str, label: str, marks: Markup) -> Markup:
     return Markup(
         '<svg class="{}" viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>'
-    ).format(name, _n(width), _n(height), _n(width), _n(height), escape(label), marks)
+    ).format(name, px(width), px(height), px(width), px(height), escape(label), marks)

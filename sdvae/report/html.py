@@ -45,16 +45,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "number": number,
-        "signed": signed,
-        "count": count,
-        "significant": significant,
-        "percent": percent,
-        "when": when,
-        "json_data": json_data,
-        "plain": plain,
-    }
+    filters = (number, signed, count, significant, percent, when, json_data, plain)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment
 
 
@@ -195,6 +187,18 @@ def _named(metrics: Sequence[Row], names: Sequence[str]) -> list[Row]:
     return [metric for name in names for metric in metrics if metric["name"] == name]
 
 
+def _ordered(metrics: Sequence[Row], headline: Sequence[str]) -> list[Row]:
+    """Headline metrics first."""
+    return _named(metrics, headline) + [metric for metric in metrics if metric["name"] not in headline]
+
+
+def _heat(metric: Row, values: Mapping[tuple[str, str], float], *, of_equals: float) -> dict[tuple[str, str], float]:
+    """From 0, the metric's worst of these values, to 1, its best. of_equals: where all are alike."""
+    scores = {place: _goodness(metric, value) for place, value in values.items()}
+    low, high = min(scores.values()), max(scores.values())
+    return {place: (score - low) / (high - low) if high > low else of_equals for place, score in scores.items()}
+
+
 def _glance(vaes: Sequence[Row], metrics: Sequence[Row], headline: Sequence[str]) -> list[Row]:
     """One card per headline metric: every VAE's number on one scale."""
     cards = []
@@ -263,8 +267,7 @@ def _distributions(
 ) -> list[Row]:
     """Per metric: histograms of all VAEs, and of the paired differences to the reference."""
     cards = []
-    ordered = _named(metrics, headline) + [metric for metric in metrics if metric["name"] not in headline]
-    for metric in (metric for metric in ordered if metric["kind"] == "image"):
+    for metric in (metric for metric in _ordered(metrics, headline) if metric["kind"] == "image"):
         columns = {vae["id"]: _column(result, vae["id"], metric["name"]) for vae in vaes}
         rows = [
             (vae["css"], known)
@@ -297,8 +300,7 @@ def _slices(
     """Per metric a table of slices by VAEs; `heat` from 0 (the metric's worst cell) to 1 (its best)."""
     names = list(dict.fromkeys(name for vae in vaes for name in vae.get("slices", {})))
     tables = []
-    ordered = _named(metrics, headline) + [metric for metric in metrics if metric["name"] not in headline]
-    for metric in ordered if names else ():
+    for metric in _ordered(metrics, headline) if names else ():
         cells = {
             (name, vae["id"]): entry
             for name in names
@@ -307,9 +309,7 @@ def _slices(
         }
         if not cells:
             continue
-        scores = {place: _goodness(metric, entry["mean"]) for place, entry in cells.items()}
-        low, high = min(scores.values()), max(scores.values())
-        heat = {place: (score - low) / (high - low) if high > low else 0.5 for place, score in scores.items()}
+        heat = _heat(metric, {place: entry["mean"] for place, entry in cells.items()}, of_equals=0.5)
         rows = [
             {
                 "name": name,
@@ -441,9 +441,7 @@ def _swap(comparison: Row, result: EvaluationResult) -> Row:
             if entry.get(name) is not None
         }
         if name in metrics and values:
-            scores = {place: _goodness(metrics[name], value) for place, value in values.items()}
-            low, high = min(scores.values()), max(scores.values())
-            heat = {place: (score - low) / (high - low) if high > low else 1.0 for place, score in scores.items()}
+            heat = _heat(metrics[name], values, of_equals=1.0)
             tables.append({"metric": metrics[name], "values": values, "heat": heat})
     return {
         "comparison": comparison,

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from sdvae.calibration.measure import CalibrateOptions, calibrate
 from sdvae.calibration.result import Calibration
 from sdvae.calibration.write import check_writable, write_calibration
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.notes import NOTES_FIELD, update_config
 from sdvae.checkpoints.opened import open_any_vae
-from sdvae.checkpoints.store import autoencoder_digest, bundled_path, load_autoencoder
+from sdvae.checkpoints.store import bundled_path, load_autoencoder
 from sdvae.data.images import image_to_x, read_image
 from sdvae.data.sources.files import file_digest, find_images
 from sdvae.data.transforms import pad_to_multiple

@@ -22,8 +22,9 @@ from sdvae._version import __version__
 from sdvae.card.build import build_card, write_card
 from sdvae.card.push import card_digest
 from sdvae.card.result import load_audit
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.notes import update_config
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.report.result import EvaluationResult, load_result

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
-from sdvae.checkpoints.store import autoencoder_digest, bundled_path
+from sdvae.checkpoints.fit import autoencoder_digest
+from sdvae.checkpoints.store import bundled_path, load_any_autoencoder
 from sdvae.errors import CheckpointError, MissingWeightsError
 from sdvae.model.network import Autoencoder
 

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.notes import (
     HEADER_KEY,
     NOTES_FIELD,
@@ -25,7 +26,7 @@ from sdvae.checkpoints.notes import (
     notes_of,
     update_config,
 )
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

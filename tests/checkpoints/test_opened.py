@@ -10,9 +10,11 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
+from vaes import vae_fields
 
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.data.images import round_to_8_bits
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
@@ -22,8 +24,7 @@ CPU = torch.device("cpu")
 
 
 def kl(**fields: Any) -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(**blocks, block_out_channels=(8, 8), norm_num_groups=4, **fields)
+    return AutoencoderKL(**vae_fields(8, 8, **fields))
 
 
 def dc() -> Any:
@@ -96,16 +97,11 @@ def test_every_class_takes_images_of_odd_sizes(
     model = build()
     model.save_pretrained(tmp_path / "vae")
     subject = open_any_vae(tmp_path / "vae", CPU, torch.float32)
-    assert subject.describe() == {
-        "class_name": type(model).__name__,
-        "digest": autoencoder_digest(model),
-        "dtype": "float32",
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "spatial_compression_ratio": ratio,
-        "latent_channels": channels,
-        "scaling_factor": scale,
-        "shift_factor": 0.0 if build is tiny else None,
-    }
+    assert (subject.class_name, subject.dtype_name) == (type(model).__name__, "float32")
+    assert subject.digest == autoencoder_digest(model)
+    assert subject.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (subject.spatial_compression_ratio, subject.latent_channels) == (ratio, channels)
+    assert (subject.scale.scaling_factor, subject.scale.shift_factor) == (scale, 0.0 if build is tiny else None)
     x = picture(2, 67, 101)
     encoding = subject.encode(x)
     assert encoding.z.shape == (2, channels, -(-67 // ratio), -(-101 // ratio))
@@ -173,7 +169,8 @@ def test_another_dtype_is_a_copy_and_gives_nearly_the_same(build: Callable[[], A
     model = build().eval()
     subject = open_any_vae(model, CPU, torch.float32)
     half = subject.in_dtype(dtype)
-    assert half.describe() == subject.describe() | {"dtype": str(dtype).removeprefix("torch.")}
+    assert half.dtype_name == str(dtype).removeprefix("torch.")
+    assert (half.digest, half.scale, half.num_parameters) == (subject.digest, subject.scale, subject.num_parameters)
     assert {parameter.dtype for parameter in half.model.parameters()} == {dtype}
     assert {parameter.dtype for parameter in subject.model.parameters()} == {torch.float32}
     x = picture(1, 20, 20)

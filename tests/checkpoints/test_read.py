@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from vaes import build_vae
 
 from sdvae.checkpoints import tensor_files
-from sdvae.checkpoints.any_autoencoder import load_any_autoencoder
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import FAMILIES, Kind, identify
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import header_metadata
 from sdvae.checkpoints.read import read_checkpoint
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_any_autoencoder, load_autoencoder, save_autoencoder
 from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -38,12 +39,8 @@ AROUND = {
 
 
 def build(**fields: Any) -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        levels = len(fields.setdefault("block_out_channels", (32, 64)))
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels, **fields
-        ).eval()
+    widths = fields.pop("block_out_channels", (32, 64))
+    return build_vae(*widths, **{"norm_num_groups": 32} | fields)  # type: ignore[no-any-return]
 
 
 def stored(vae: AutoencoderKL, dtype: torch.dtype = torch.float32) -> Tensors:

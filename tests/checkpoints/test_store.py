@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from sdvae import files
 from sdvae.checkpoints import read, store
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, load_network, save_autoencoder, to_diffusers
+from sdvae.checkpoints.fit import autoencoder_digest
+from sdvae.checkpoints.store import load_autoencoder, load_network, save_autoencoder, to_diffusers
 from sdvae.errors import CheckpointError, ConfigError, MissingWeightsError, NothingThereError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -412,7 +413,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine, with an empty cache, and the working directory apart from both."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     handler = type("Handler", (Hub,), {"folder": tmp_path / "hub", "requests": []})
     handler.folder.mkdir()
@@ -420,7 +421,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # clients before 1.0 read a copy
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "cwd").mkdir()

@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from sdvae.checkpoints import tensor_files
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.fit import autoencoder_digest
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.cli.main import cli
 from sdvae.data.images import image_to_x, read_image
 from sdvae.model.autoencoder import AutoencoderKL

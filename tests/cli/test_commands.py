@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from sdvae.checkpoints.store import autoencoder_digest
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.cli.main import cli
 from sdvae.data.images import read_image
 from sdvae.model.autoencoder import AutoencoderKL

@@ -9,12 +9,12 @@ from typing import Any
 
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
+from vaes import build_vae
 
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.store import load_autoencoder
 from sdvae.cli.convert import convert_command
 from sdvae.cli.main import cli
-from sdvae.model.autoencoder import AutoencoderKL
 
 KEYS = {
     "command", "status", "source", "source_kind", "source_evidence", "source_digest", "source_dtypes", "remarks",
@@ -101,9 +101,8 @@ def test_a_dry_run_writes_nothing(vae_path: Path, tmp_path: Path) -> None:
 
 
 def test_a_guessed_scale_is_warned_of_and_not_folded(tmp_path: Path) -> None:
-    widths = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
     bare = tmp_path / "bare.safetensors"
-    save_file(to_ldm(AutoencoderKL(**widths, block_out_channels=(32,)).state_dict()), bare)
+    save_file(to_ldm(build_vae(32, norm_num_groups=32).state_dict()), bare)
     refused = sdvae(bare, tmp_path / "a.safetensors", "--to", "ldm", "--fold-scale", 0.13025)
     assert refused.exit_code == 1 and not (tmp_path / "a.safetensors").exists()
     assert "--scaling-factor 0.18215 or --scaling-factor 0.13025" in refused.stderr

@@ -226,16 +226,3 @@ def test_a_file_that_is_no_result_is_refused(sdvae: Sdvae, tmp_path: Path) -> No
     (tmp_path / "a.json").write_text("{}")
     result = sdvae("report", "a.json")
     assert result.exit_code == 2 and "a.json: its schema is None" in result.stderr
-
-
-def test_the_report_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
-    code = (
-        "import sys\n"
-        "from sdvae.cli.report import report_command\n"
-        "import sdvae.evaluation.compare, sdvae.report.html, sdvae.report.result\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

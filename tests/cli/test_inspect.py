@@ -13,15 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from vaes import build_vae
 
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.keys import to_ldm
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder, save_autoencoder
+from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
 from sdvae.cli.main import cli
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import encode_folder
-from sdvae.model.autoencoder import AutoencoderKL
 
 MakeImages = Callable[[Path, Mapping[str, tuple[int, int]]], Path]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,16 +43,7 @@ def described(path: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VAE with the usual 32 groups, so that files without config.json can be read."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(32, 64),
-            layers_per_block=2,
-            scaling_factor=0.31,
-            shift_factor=0.1,
-        )
+    vae = build_vae(32, 64, norm_num_groups=32, layers_per_block=2, scaling_factor=0.31, shift_factor=0.1)
     return save_autoencoder(vae, tmp_path_factory.mktemp("vae") / "mine")
 
 

@@ -23,8 +23,8 @@ def test_help_of_every_command_comes_without_torch_and_ends_with_two_examples() 
     script = """
 import sys
 from click.testing import CliRunner
-from sdvae.cli.main import _MODULES, cli
-for arguments in ([], *([name] for name in _MODULES)):
+from sdvae.cli.main import _COMMANDS, cli
+for arguments in ([], *([name] for name in _COMMANDS)):
     result = CliRunner().invoke(cli, [*arguments, "--help"])
     assert result.exit_code == 0, result.output
     lines = result.output.rstrip().splitlines()

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from sdvae.data.batches import (
     QUEUE_PIXELS,
     WAITING_SHAPES,
+    Member,
     Tally,
     WriteBehind,
     compute_batches,
@@ -129,16 +129,6 @@ def test_an_exception_drops_the_writes_that_have_not_begun() -> None:
     assert len(written) <= 1
 
 
-@dataclass(frozen=True, eq=False)
-class Square:
-    job: ImageFile
-    tensor: torch.Tensor
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        return self.tensor.shape[-1], self.tensor.shape[-2]
-
-
 class Network:
     """Sums images, and fails as told; remembers the sizes of its batches."""
 
@@ -146,7 +136,7 @@ class Network:
         self.error, self.most, self.largest_px = error, most, largest_px
         self.batches: list[int] = []
 
-    def __call__(self, batch: Sequence[Square]) -> list[float]:
+    def __call__(self, batch: Sequence[Member]) -> list[float]:
         self.batches.append(len(batch))
         assert torch.is_inference_mode_enabled()
         if len(batch) > self.most or batch[0].size_px[0] > self.largest_px:
@@ -158,11 +148,11 @@ def compute(network: Network, sizes: Sequence[int]) -> tuple[Tally, dict[str, fl
     told: list[tuple[int, int]] = []
     tally = Tally(lambda done, total: told.append((done, total)), total=len(sizes))
 
-    def read(file: ImageFile) -> Square:
+    def read(file: ImageFile) -> Member:
         size = int(file.path.stem.split("-")[1])
         if size == 0:
             raise ImageError(f"{file.path}: is empty")
-        return Square(file, torch.ones(1, size, size))
+        return Member(file, torch.ones(1, size, size))
 
     files = [ImageFile(f"{number}", Path(f"photos/{number}-{size}.png")) for number, size in enumerate(sizes)]
     found: dict[str, float] = {}

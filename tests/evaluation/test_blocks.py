@@ -30,8 +30,8 @@ def block() -> Block:
 
 
 def test_a_block_comes_back_as_it_was(tmp_path: Path) -> None:
-    store = BlockStore(tmp_path)
-    store.open(RUN, overwrite=False)
+    store = BlockStore(tmp_path, RUN)
+    store.open(overwrite=False)
     store.save(4, block())
     found, expected = store.load(4), block()
     for name in ("images", "unreadable", "values", "pixels", "seconds", "nonfinite"):
@@ -44,38 +44,38 @@ def test_a_block_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_same_run_finds_its_blocks_again(tmp_path: Path) -> None:
-    BlockStore(tmp_path).open(RUN, overwrite=False)
-    BlockStore(tmp_path).save(0, block())
-    again = BlockStore(tmp_path)
-    again.open(RUN, overwrite=False)
+    BlockStore(tmp_path, RUN).open(overwrite=False)
+    BlockStore(tmp_path, RUN).save(0, block())
+    again = BlockStore(tmp_path, RUN)
+    again.open(overwrite=False)
     assert again.missing(range(2)) == [1]
 
 
 def test_another_run_is_refused_and_names_what_differs(tmp_path: Path) -> None:
-    store = BlockStore(tmp_path)
-    store.open(RUN, overwrite=False)
+    store = BlockStore(tmp_path, RUN)
+    store.open(overwrite=False)
     store.save(0, block())
     with pytest.raises(ConfigError, match=r"differs in protocol: .*--overwrite"):
-        BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=False)
+        BlockStore(tmp_path, RUN | {"protocol": "sha256:9"}).open(overwrite=False)
     assert not store.missing([0]), "a refusal throws nothing away"
-    BlockStore(tmp_path).open(RUN | {"protocol": "sha256:9"}, overwrite=True)
+    BlockStore(tmp_path, RUN | {"protocol": "sha256:9"}).open(overwrite=True)
     assert store.missing([0])
 
 
 def test_a_finished_run_removes_its_own_folder_and_no_other(tmp_path: Path) -> None:
-    store = BlockStore(tmp_path / "blocks")
-    store.close(RUN)  # nothing there
-    store.open(RUN, overwrite=False)
+    store = BlockStore(tmp_path / "blocks", RUN)
+    store.close()  # nothing there
+    store.open(overwrite=False)
     store.save(0, block())
-    store.close(RUN | {"images": "sha256:9"})
+    BlockStore(store.folder, RUN | {"images": "sha256:9"}).close()
     assert not store.missing([0])
-    store.close(RUN)
+    store.close()
     assert not store.folder.exists()
 
 
 def test_all_blocks_become_one_in_their_order(tmp_path: Path) -> None:
-    store = BlockStore(tmp_path)
-    store.open(RUN, overwrite=False)
+    store = BlockStore(tmp_path, RUN)
+    store.open(overwrite=False)
     empty = {"mine": LatentHealth(2).state()}
     for number, value in ((1, 2.0), (0, 1.0)):
         values: dict[str, dict[str, list[float | None]]] = {"mine": {"psnr": [value, None]}}

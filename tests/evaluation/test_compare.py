@@ -15,11 +15,9 @@ from sdvae.evaluation.compare import (
     merge_results,
     paired_differences,
     set_differences,
-    slice_summaries,
-    summarise,
 )
 from sdvae.evaluation.protocol import Protocol
-from sdvae.metrics.bootstrap import Floats, mean_intervals
+from sdvae.metrics.bootstrap import Floats, summarise
 from sdvae.report.result import EvaluationResult
 
 PSNR = {"name": "psnr", "kind": "image", "better": "higher", "target": None}
@@ -32,45 +30,6 @@ RFID = {"name": "rfid", "kind": "set", "better": "lower", "target": None}
 
 def noise(n: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).normal(size=n)
-
-
-# One VAE
-
-
-def test_a_summary_is_that_of_the_images_that_have_a_number() -> None:
-    numbers = [*noise(30).tolist(), None, float("nan")]
-    known = np.array(numbers[:30])
-    entry = summarise({"psnr": numbers}, resamples=500)["psnr"]
-    assert entry["count"] == 30
-    assert entry["mean"] == pytest.approx(known.mean())
-    assert entry["std"] == pytest.approx(known.std(ddof=1))
-    assert [entry[name] for name in ("p5", "median", "p95")] == pytest.approx(
-        np.percentile(known, [5, 50, 95]).tolist()
-    )
-    assert [entry["low"], entry["high"]] == pytest.approx(
-        np.ravel(mean_intervals(known[:, None], resamples=500)).tolist()
-    )
-    json.dumps(entry, allow_nan=False)
-
-
-def test_one_image_has_a_mean_without_an_interval_and_none_has_nothing() -> None:
-    summary = summarise({"psnr": [24.0, None], "ssim": [None, None]})
-    assert summary["psnr"] == {
-        **dict.fromkeys(("mean", "median", "p5", "p95"), 24.0),
-        **dict.fromkeys(("low", "high", "std"), None),
-        "count": 1,
-    }
-    assert summary["ssim"] == {**dict.fromkeys(summary["psnr"], None), "count": 0}
-    assert summarise({}) == {}
-
-
-def test_slices_hold_their_own_images_and_images_without_one_are_in_none() -> None:
-    values = {"psnr": [1.0, 2.0, 3.0, 10.0, 99.0]}
-    slices = slice_summaries(values, ["text", "faces", "text", "faces", None], resamples=100)
-    assert list(slices) == ["faces", "text"]
-    assert (slices["text"]["psnr"]["mean"], slices["faces"]["psnr"]["mean"]) == (2.0, 6.0)
-    assert slices["text"]["psnr"].keys() == {"mean", "low", "high", "count"}
-    assert slice_summaries(values, [None] * 5) == {}
 
 
 # Against a reference

@@ -16,13 +16,18 @@ from torch import Tensor
 
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import round_to_8_bits
+from sdvae.data.sources.files import ImageFile
+from sdvae.errors import ImageError
 from sdvae.evaluation.blocks import Block
 from sdvae.evaluation.images import Prepared
-from sdvae.evaluation.measure import Measurement
-from sdvae.evaluation.plan import ORIGINALS
+from sdvae.evaluation.measure import measure_block
+from sdvae.evaluation.options import EvaluateOptions
+from sdvae.evaluation.plan import ORIGINALS, Entrant, EvaluationPlan
 from sdvae.evaluation.protocol import PRESETS
+from sdvae.evaluation.setup import Networks, Setup
 from sdvae.features.lpips import LPIPS
-from sdvae.metrics.table import build_metric
+from sdvae.metrics.table import IMAGE_METRICS
+from sdvae.processes import Processes
 
 # Height, width: three shapes that alternate, one of them smaller than a window of SSIM.
 SHAPES = ((40, 40), (24, 33), (40, 40), (9, 12), (40, 40), (24, 33), (40, 40))
@@ -54,15 +59,36 @@ def other(other_vae_path: Path) -> OpenedVae:
     return open_any_vae(other_vae_path, torch.device("cpu"), torch.float32)
 
 
-def measure(photos: Sequence[Prepared], *subjects: OpenedVae, names: Sequence[str] = ("psnr",), **fields: Any) -> Block:
-    metrics = fields.pop("metrics", {name: build_metric(name) for name in names})
-    measurement = Measurement(
-        subjects={f"vae{number}": each for number, each in enumerate(subjects)},
+def set_up(*subjects: OpenedVae, batch_size: int | None = None, **fields: Any) -> Setup:
+    """The last subject is the reference."""
+    ids = [f"vae{number}" for number in range(len(subjects))]
+    plan = EvaluationPlan(
+        source="photos",
+        num_found=1,
+        files=(ImageFile("broken.png", Path("broken.png")),),
+        entrants=tuple(Entrant(id=id_, ref=None, role="reference" if id_ == ids[-1] else "candidate") for id_ in ids),
+        out=Path("out"),
         protocol=PRESETS["native"],
-        metrics=metrics,
-        **fields,
+        skipped_metrics=(),
+        gates=(),
+        options=EvaluateOptions(batch_size=batch_size),
     )
-    return measurement.block(photos, [])
+    networks = Networks(metrics=fields.pop("metrics", {}), inception=fields.pop("inception", None))
+    rest = {"swap_pairs": {}, "swap_images": frozenset(), "fid_reference": None, "keeps_originals": True} | fields
+    return Setup(
+        plan=plan,
+        processes=Processes(),
+        device=torch.device("cpu"),
+        subjects=dict(zip(ids, subjects, strict=True)),
+        networks=networks,
+        inputs={},
+        **rest,
+    )
+
+
+def measure(photos: Sequence[Prepared], *subjects: OpenedVae, names: Sequence[str] = ("psnr",), **fields: Any) -> Block:
+    setup = set_up(*subjects, **{"metrics": {name: IMAGE_METRICS[name].build() for name in names}} | fields)
+    return measure_block(setup, [(each.index, each) for each in photos])
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
@@ -129,7 +155,7 @@ def test_features_are_taken_of_four_images_at_a_time_and_of_one_shape(
 
 def test_features_are_taken_only_of_what_is_asked_for(photos: list[Prepared], subject: OpenedVae) -> None:
     assert measure(photos, subject).features == {}
-    assert list(measure(photos, subject, inception=channel_means, originals=False).features) == ["vae0"]
+    assert list(measure(photos, subject, inception=channel_means, keeps_originals=False).features) == ["vae0"]
 
 
 def test_only_the_chosen_images_take_the_swap_test(
@@ -142,7 +168,6 @@ def test_only_the_chosen_images_take_the_swap_test(
             photos,
             subject,
             other,
-            reference="vae1",
             swap_pairs={"vae0": (subject, other)},
             swap_images=frozenset(each.index for each in chosen),
             batch_size=3,
@@ -207,7 +232,7 @@ def test_lpips_takes_the_features_of_an_image_once_for_all_vaes(
         return features(network, x)
 
     monkeypatch.setattr(LPIPS, "features", count)
-    lpips = build_metric("lpips_alex", assets / "weights")
+    lpips = IMAGE_METRICS["lpips_alex"].build(assets / "weights")
     images = [photo(index, (40, 40)) for index in range(3)]
     block = measure(images, subject, other, subject, metrics={"lpips_alex": lpips}, batch_size=2)
     assert counted == [2, 1]
@@ -217,8 +242,8 @@ def test_lpips_takes_the_features_of_an_image_once_for_all_vaes(
 def test_progress_counts_images_up_to_all(photos: list[Prepared], subject: OpenedVae) -> None:
     told: list[int] = []
     listen: Callable[[int], None] = told.append
-    measurement = Measurement(subjects={"vae": subject}, protocol=PRESETS["native"], metrics={}, batch_size=2)
-    block = measurement.block(photos, [("broken.png", "truncated")], listen)
+    images = [(0, ImageError("broken.png: truncated")), *((each.index, each) for each in photos)]
+    block = measure_block(set_up(subject, batch_size=2), images, listen)
     assert told == sorted(told) and told[-1] == len(photos) and len(told) == 4
     assert block.unreadable == [{"key": "broken.png", "reason": "truncated"}]
     assert block.pixels == sum(height * width for height, width in SHAPES)

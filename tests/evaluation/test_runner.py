@@ -31,8 +31,8 @@ from sdvae.evaluation import blocks, compare, conclude, images, measure, runner
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.protocol import PRESETS, Protocol
 from sdvae.evaluation.runner import evaluate
-from sdvae.evaluation.stress import seams
-from sdvae.evaluation.stress.run import run_stress
+from sdvae.evaluation.stress import run as stress
+from sdvae.metrics import bootstrap
 from sdvae.metrics.fid import load_statistics
 from sdvae.metrics.table import IMAGE_METRICS, psnr
 from sdvae.processes import Processes
@@ -197,8 +197,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
 def test_an_interrupted_run_of_other_settings_is_not_mixed_in(
     small_blocks: None, photos: Path, tmp_path: Path, mine: Path
 ) -> None:
-    store = blocks.BlockStore(tmp_path / "out" / ".evaluation")
-    store.open({"protocol": "another"}, overwrite=False)
+    blocks.BlockStore(tmp_path / "out" / ".evaluation", {"protocol": "another"}).open(overwrite=False)
     with pytest.raises(ConfigError, match="interrupted evaluation that differs in"):
         run(photos, tmp_path / "out", mine)
     run(photos, tmp_path / "out", mine, overwrite=True)
@@ -314,7 +313,7 @@ def test_reconstructions_that_are_not_finite_are_counted(
 def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     tmp_path: Path, mine: Path, make_images: MakeImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "_MAX_PX", 96)
+    monkeypatch.setattr(stress, "_MAX_PX", 96)
     sizes = {"a.png": (140, 132), "b.png": (60, 50), "c.png": (150, 200), "d.png": (80, 80)}
     folder = make_images(tmp_path / "photos", sizes)
     protocol = replace(PLAIN, size_px=32, crop="center", seed=5)
@@ -330,7 +329,7 @@ def test_stress_tests_see_what_was_measured_and_those_of_size_the_whole_images(
     metrics: Any = {name: IMAGE_METRICS[name].compute for name in ("psnr", "ssim")}
     inputs: dict[str, Any] = {"cycles": small, "resolution": whole, "seams": centres, "sampling": small}
     for name, expected in inputs.items():
-        assert found[name] == run_stress([name], subject, expected, expected, metrics, 5)[name], name
+        assert found[name] == stress.run_stress([name], subject, expected, expected, metrics, 5)[name], name
     assert [row["num_images"] for row in found["resolution"]] == [2, 0, 0, 0, 0], "128 px fit the whole images alone"
     assert found["cycles"]["cycles"] == [1, 2, 5, 10] and len(found["cycles"]["metrics"]["psnr"]) == 4
     assert any("Seams" in note for note in found["notes"]) and any("Resolution" in note for note in found["notes"])
@@ -576,12 +575,12 @@ def test_intervals_are_those_of_the_protocols_seed_and_resamples(
 ) -> None:
     protocol = replace(PLAIN, seed=7, resamples=151)
     result = run(photos, tmp_path / "out", mine, reference=other, protocol=protocol)
-    bootstrap = {"seed": 7, "resamples": 151}
+    drawn = {"seed": 7, "resamples": 151}
     ours, theirs = (result.per_image["values"][id_] for id_ in ("mine", "other"))
-    assert result.vaes[0]["summary"] == compare.summarise(ours, **bootstrap)
-    assert result.vaes[1]["summary"] == compare.summarise(theirs, **bootstrap)
-    assert result.vaes[0]["slices"] == compare.slice_summaries(ours, result.per_image["slices"], **bootstrap)
-    expected = compare.paired_differences(ours, theirs, result.metrics, **bootstrap)
+    assert result.vaes[0]["summary"] == bootstrap.summarise(ours, **drawn)
+    assert result.vaes[1]["summary"] == bootstrap.summarise(theirs, **drawn)
+    assert result.vaes[0]["slices"] == bootstrap.slice_summaries(ours, result.per_image["slices"], **drawn)
+    expected = compare.paired_differences(ours, theirs, result.metrics, **drawn)
     assert result.comparisons[0]["metrics"] == expected
     assert expected != compare.paired_differences(ours, theirs, result.metrics, seed=0, resamples=151)
 
@@ -618,8 +617,8 @@ def test_processes_share_the_blocks(small_blocks: None, photos: Path, tmp_path: 
     plan = runner.plan_evaluation(photos, [mine], None, tmp_path / "out", PLAIN, EvaluateOptions(device="cpu"))
     setup = runner.set_up(plan, Processes())
     for rank, expected in ((0, {0, 2}), (1, {1})):
-        store = blocks.BlockStore(tmp_path / f"rank{rank}")
-        store.open({}, overwrite=False)
+        store = blocks.BlockStore(tmp_path / f"rank{rank}", setup.inputs)
+        store.open(overwrite=False)
         measure.measure_blocks(replace(setup, processes=Processes(rank, 2)), store)
         assert {*range(3)} - {*store.missing(range(3))} == expected
 
@@ -670,7 +669,7 @@ def test_a_report_that_cannot_be_written_costs_no_measurement(
 def test_what_a_killed_run_left_half_written_goes(photos: Path, tmp_path: Path, mine: Path) -> None:
     out = tmp_path / "out"
     plan = runner.plan_evaluation(photos, [mine], None, out, PLAIN, EvaluateOptions(gallery_images=2))
-    blocks.BlockStore(out / ".evaluation").open(runner.set_up(plan, Processes()).inputs, overwrite=False)
+    blocks.BlockStore(out / ".evaluation", runner.set_up(plan, Processes()).inputs).open(overwrite=False)
     left = [out / f".{'0' * 16}-{files._host()}-{os.getpid()}-{'0' * 8}.sdvae-tmp"]  # this number, an earlier start
     left.append(out / ".evaluation" / left[0].name)
     for path in left:

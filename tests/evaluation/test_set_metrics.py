@@ -14,8 +14,8 @@ from scipy import linalg
 from sdvae.evaluation import set_metrics
 from sdvae.evaluation.plan import ORIGINALS
 from sdvae.evaluation.protocol import PRESETS
-from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, SetFeatures, measure_sets, write_statistics
-from sdvae.metrics.fid import frechet_distance, kernel_distance, load_statistics
+from sdvae.evaluation.set_metrics import KID_SUBSET, SET_METRIC_ROWS, SetFeatures, measure_sets
+from sdvae.metrics.fid import frechet_distance, kernel_distance, load_statistics, statistics_bytes
 from sdvae.metrics.moments import Moments
 
 WIDTH = 6
@@ -127,8 +127,8 @@ def test_only_what_the_protocol_names_is_measured(tmp_path: Path) -> None:
 
 def test_statistics_that_were_written_stand_for_the_originals(tmp_path: Path) -> None:
     filled = fill(None, features(30), 16, 30)
-    path, identity = tmp_path / "new folder" / "stats.npz", {"images": "sha256:1"}
-    write_statistics(path, filled[ORIGINALS].moments, identity)
+    path, identity = tmp_path / "stats.npz", {"images": "sha256:1"}
+    path.write_bytes(statistics_bytes(filled[ORIGINALS].moments, identity))
     statistics = load_statistics(path)
     assert (statistics.count, statistics.identity) == (30, identity)
     protocol = replace(PROTOCOL, metrics=("rfid",))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from vaes import build_vae
 
 import sdvae
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
@@ -263,13 +264,7 @@ def test_latents_that_are_not_finite_are_left_out(mini: OpenedVae, images: list[
 
 def test_latents_of_different_shapes_are_no_pair(mini: OpenedVae) -> None:
     def build(levels: int, channels: int) -> OpenedVae:
-        blocks = {
-            "down_block_types": ("DownEncoderBlock2D",) * levels,
-            "up_block_types": ("UpDecoderBlock2D",) * levels,
-        }
-        return subject_of(
-            AutoencoderKL(**blocks, block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=channels)
-        )
+        return subject_of(build_vae(*(8,) * levels, latent_channels=channels))
 
     f8c16, f4c4 = build(4, 16), build(3, 4)
     assert swap_obstacle(mini, mini) is None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from click.testing import CliRunner
 from PIL import ExifTags, Image
@@ -36,6 +37,7 @@ _spec.loader.exec_module(make)
 # Times, versions, and what CPUs compute differently in fp16.
 PASSING = {
     "seconds", "images_per_s", "megapixels_per_s", "mtime_ns", "source_mtime_ns", "sdvae_version", "sdvae", "created",
+    "diffusers", "_diffusers_version",
     "seconds_per_megapixel", "config_path",
     "probe", "probes", "sentence",
 }  # fmt: skip
@@ -240,7 +242,9 @@ def test_what_was_written_then_is_still_inspected(folder: Path, name: str) -> No
 @pytest.mark.parametrize("name", make.STEPS)
 def test_commands_report_what_they_did(again: Path, name: str) -> None:
     expected, found = (json.loads((root / "json" / f"{name}.json").read_text()) for root in (GOLDEN, again))
-    assert list(differences(expected, found)) == []
+    # Pillow before 13 resizes up to 8 % of the pixels one level apart, and the peaks in `check` follow by up to 1.2 %.
+    is_resized_otherwise = name == "check" and int(PIL.__version__.split(".")[0]) < 13
+    assert list(differences(expected, found, tolerance=2e-2 if is_resized_otherwise else 1e-3)) == []
 
 
 def test_an_evaluation_has_the_numbers_of_then(again: Path) -> None:

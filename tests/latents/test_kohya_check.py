@@ -62,7 +62,7 @@ def damaged(tmp_path: Path, cache: Path, damage: Damage, manifest: str = "agrees
     with np.load(out / NAME) as npz:
         arrays = {name: npz[name] for name in npz.files}
     damage(arrays)
-    np.savez(out / NAME, allow_pickle=False, **arrays)
+    np.savez(out / NAME, **arrays)
     if manifest == "gone":
         (out / MANIFEST_NAME).unlink()
         return out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from torch import Tensor
+from vaes import vae_fields
 
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -28,14 +29,7 @@ class Pair(NamedTuple):
 
 def _levels(*widths: int, groups: int = 4, **others: Any) -> dict[str, Any]:
     """Config fields of an autoencoder with these widths; without any, four narrow levels."""
-    widths = widths or (8, 16, 16, 16)
-    return {
-        "block_out_channels": widths,
-        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
-        "norm_num_groups": groups,
-        **others,
-    }
+    return vae_fields(*widths or (8, 16, 16, 16), norm_num_groups=groups, **others)
 
 
 def _random_weights(model: torch.nn.Module, seed: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sdvae.checkpoints.store import load_autoencoder, to_diffusers
 from sdvae.errors import ConfigError
-from sdvae.evaluation.stress.seams import seam_score
+from sdvae.evaluation.stress.seam_score import seam_score
 from sdvae.model import execution
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.device import compile_settings

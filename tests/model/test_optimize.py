@@ -11,27 +11,19 @@ import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers import AutoencoderTiny
 from torch import nn
+from vaes import build_vae, vae_fields
 
 import sdvae
 from sdvae.errors import ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.optimize import optimize
 
-FIELDS: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "sample_size": 32,
-    "scaling_factor": 0.31,
-}
+FIELDS = vae_fields(8, 16, sample_size=32, scaling_factor=0.31)
 
 
 @pytest.fixture
 def stock() -> StockAutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return StockAutoencoderKL(**FIELDS).eval()
+    return build_vae(8, 16, kind=StockAutoencoderKL, **FIELDS)
 
 
 def photos() -> torch.Tensor:

@@ -23,6 +23,7 @@ from sdvae.errors import CheckpointError, ConfigError
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.precision import fix as module
 from sdvae.precision.fix import Fix, fix_fp16
+from sdvae.precision.options import FixOptions
 
 Pixels = NDArray[np.uint8]
 BLOCK = "decoder.up_blocks.1.resnets.1"
@@ -109,7 +110,8 @@ def overflowing(tmp_path: Path, tiny_vae: AutoencoderKL) -> Overflowing:
 
 def fixed(folder: Path, **options: Any) -> tuple[Checkpoint, Fix]:
     checkpoint = read_checkpoint(folder)
-    return checkpoint, fix_fp16(checkpoint, IMAGES, name=str(folder), probe_size_px=32, **options)
+    settings = FixOptions(**{"probe_size_px": 32, "device": "cpu", **options})
+    return checkpoint, fix_fp16(checkpoint, IMAGES, settings, name=str(folder))
 
 
 def saved(fix: Fix, folder: Path) -> Path:
@@ -186,10 +188,10 @@ def test_notes_say_what_was_done_to_which_vae(overflowing: Overflowing) -> None:
     assert fix.notes["source_digest"] == fix.before.digest
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_weights_come_in_the_type_that_is_asked_for(overflowing: Overflowing, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_weights_come_in_the_type_that_is_asked_for(overflowing: Overflowing, dtype: str) -> None:
     _, fix = fixed(overflowing(all_at_once), dtype=dtype)
-    assert {tensor.dtype for tensor in fix.tensors.values()} == {dtype}
+    assert {tensor.dtype for tensor in fix.tensors.values()} == {getattr(torch, dtype)}
     assert fix.after.probes[0].finite
 
 

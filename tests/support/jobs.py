@@ -28,7 +28,7 @@ def run_script(path: Path, words: Sequence[str]) -> None:
 def meet_twice() -> None:
     for _ in range(2):
         processes = join_processes("cpu")
-        processes.wait()
+        processes.gather(None)
         print(processes.rank, processes.count, processes.gather(f"from {processes.rank}"))
 
 

@@ -62,7 +62,7 @@ from sdvae.evaluation.protocol import Protocol
 from sdvae.evaluation.runner import run_evaluation
 from sdvae.features.inception import NUM_FEATURES, InceptionFeatures, build_inception
 from sdvae.features.weights import find_weights, load_weights
-from sdvae.metrics.table import build_metric
+from sdvae.metrics.table import IMAGE_METRICS
 
 ensure_torchvision_importable()  # before diffusers and torchmetrics
 
@@ -312,7 +312,7 @@ def compare_parts(setting: Setting, ways: Mapping[str, Way], rounds: int) -> dic
 def our_steps(setting: Setting, pixels: Tensor, image: Tensor) -> dict[str, Step]:
     files, protocol = find_images(setting.photos), protocol_of(setting)
     subject = open_any_vae(setting.vae, torch.device("cpu"), torch.float32)
-    metrics = {name: build_metric(name, setting.weights) for name in METRICS[:3]}
+    metrics = {name: IMAGE_METRICS[name].build(setting.weights) for name in METRICS[:3]}
     inception = build_inception(setting.weights)
 
     def reconstruct(part: slice) -> Tensor:

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from sdvae._version import __version__
 from sdvae.checkpoints import fit
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.formats import CONFIG_NAME, json_text
 from sdvae.checkpoints.notes import NOTES_FIELD
-from sdvae.checkpoints.store import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.layers import GroupNorm
 from sdvae.model.network import Autoencoder

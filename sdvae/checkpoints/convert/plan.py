@@ -15,13 +15,13 @@ from torch import Tensor
 
 from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.pipeline import Pipeline, read_pipeline
-from sdvae.checkpoints.fit import build, first_not_finite, full_config, load_weights
+from sdvae.checkpoints.fit import autoencoder_digest, build, first_not_finite, full_config, load_weights
 from sdvae.checkpoints.formats import CONFIG_NAME, FAMILIES, SCALE_FIELDS, WEIGHT_SUFFIXES, Kind, identify
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import ASSUMED_NOTE, from_metadata, read_config
 from sdvae.checkpoints.read import Checkpoint, public_name, read_checkpoint
 from sdvae.checkpoints.rewrite.fold_scale import FoldCheck, check_fold, fold_scale
-from sdvae.checkpoints.store import autoencoder_digest, why_no_vae_folder
+from sdvae.checkpoints.store import why_no_vae_folder
 from sdvae.checkpoints.tensor_files import differing
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError, some
 from sdvae.files import check_replaceable

@@ -14,10 +14,11 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from vaes import vae_fields
 
 from sdvae.checkpoints.convert import onnx as module
 from sdvae.checkpoints.convert.onnx import OnnxReport, export_onnx
-from sdvae.checkpoints.store import autoencoder_digest
+from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.autoencoder import AutoencoderKL
 
@@ -38,15 +39,9 @@ SMALL: dict[str, Any] = {"block_out_channels": (4,), "mid_block_add_attention": 
 
 
 def build(fields: dict[str, Any], seed: int = 0) -> AutoencoderKL:
-    levels = len(fields["block_out_channels"])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            norm_num_groups=2,
-            **fields,
-        )
+        vae = AutoencoderKL(**vae_fields(*fields["block_out_channels"], **{"norm_num_groups": 2} | fields))
         for parameter in vae.parameters():  # norms that differ from one another, and biases that are not 0
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.rand_like(parameter))

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL as StockAutoencoderKL
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
+from vaes import build_vae
 
 from sdvae.checkpoints.convert import verify
 from sdvae.checkpoints.convert.options import ConvertOptions
@@ -21,17 +22,7 @@ from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 
 
 def make_vae(seed: int, *widths: int, **others: Any) -> StockAutoencoderKL:
-    n = len(widths or (8, 8))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return StockAutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * n,
-            up_block_types=("UpDecoderBlock2D",) * n,
-            block_out_channels=widths or (8, 8),
-            norm_num_groups=4,
-            sample_size=32,
-            **others,
-        ).eval()
+    return build_vae(*widths or (8, 8), seed=seed, kind=StockAutoencoderKL, sample_size=32, **others)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vaes import vae_fields
 
 from sdvae.checkpoints import fit, keys, tensor_files
 from sdvae.checkpoints.convert import plan, verify, write
@@ -19,11 +20,11 @@ from sdvae.checkpoints.convert.options import ConvertOptions
 from sdvae.checkpoints.convert.run import convert
 from sdvae.checkpoints.convert.verify import compare, ldm_shapes
 from sdvae.checkpoints.describe import describe_vae
-from sdvae.checkpoints.fit import full_config, load_weights
+from sdvae.checkpoints.fit import autoencoder_digest, full_config, load_weights
 from sdvae.checkpoints.keys import to_ldm
 from sdvae.checkpoints.notes import NOTES_FIELD, from_metadata, update_config
 from sdvae.checkpoints.read import bundled_path, read_checkpoint
-from sdvae.checkpoints.store import autoencoder_digest, load_autoencoder
+from sdvae.checkpoints.store import load_autoencoder
 from sdvae.checkpoints.tensor_files import differing
 from sdvae.errors import CheckpointError, ConfigError, OutputExistsError
 from sdvae.model.network import Autoencoder
@@ -34,9 +35,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def fields(*widths: int, **others: Any) -> dict[str, Any]:
-    n = len(widths)
-    types = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
-    return types | {"block_out_channels": widths, "norm_num_groups": 4, "sample_size": 32} | others
+    return vae_fields(*widths, **{"sample_size": 32} | others)
 
 
 SD = fields(8, 16, layers_per_block=2, scaling_factor=0.31)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vaes import vae_fields
 
 from sdvae.checkpoints.rewrite.fold_scale import check_fold, checked_scale, fold_problem, fold_scale
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
@@ -27,8 +28,8 @@ def random_vae(seed: int = 0, **fields: Any) -> AutoencoderKL:
     """A small autoencoder with a configuration, norms and biases drawn from the seed."""
     draw = random.Random(seed)
     groups, levels = draw.choice([2, 4]), draw.choice([1, 2, 3])
-    config: dict[str, Any] = {
-        "block_out_channels": tuple(groups * draw.choice([2, 4, 6]) for _ in range(levels)),
+    widths = [groups * draw.choice([2, 4, 6]) for _ in range(levels)]
+    others: dict[str, Any] = {
         "layers_per_block": draw.choice([1, 2]),
         "norm_num_groups": groups,
         "mid_block_add_attention": draw.random() < 0.5,
@@ -36,11 +37,9 @@ def random_vae(seed: int = 0, **fields: Any) -> AutoencoderKL:
         "use_post_quant_conv": draw.random() < 0.5,
         "act_fn": draw.choice(["silu", "gelu"]),
     } | fields
-    config["down_block_types"] = ("DownEncoderBlock2D",) * len(config["block_out_channels"])
-    config["up_block_types"] = ("UpDecoderBlock2D",) * len(config["block_out_channels"])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        vae = AutoencoderKL(**config)
+        vae = AutoencoderKL(**vae_fields(*others.pop("block_out_channels", widths), **others))
         for parameter in vae.parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vaes import vae_fields
 
 from sdvae.checkpoints.rewrite.fp16 import StreamScale, epsilon_effect, fp16_underflow, rescale_streams
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder
@@ -25,11 +26,9 @@ ATTENTIONS = "encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"
 
 def make_vae(*widths: int, seed: int = 0, **fields: Any) -> AutoencoderKL:
     """A small autoencoder with activations of several units, as trained ones have, and with random norms and biases."""
-    n = len(widths)
-    types = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        vae = AutoencoderKL(**types | {"block_out_channels": widths, "norm_num_groups": 4} | fields)
+        vae = AutoencoderKL(**vae_fields(*widths, **fields))
         for name, parameter in vae.named_parameters():
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)

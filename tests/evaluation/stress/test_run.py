@@ -14,18 +14,15 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 from torch import Tensor, nn
+from vaes import vae_fields
 
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.images import image_to_x
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import ConfigError, SdvaeError
 from sdvae.evaluation.options import STRESS_NAMES
-from sdvae.evaluation.stress.cycles import cycles
-from sdvae.evaluation.stress.precision import precision
-from sdvae.evaluation.stress.resolution import resolution
-from sdvae.evaluation.stress.run import STRESS_TESTS, run_stress
-from sdvae.evaluation.stress.sampling import sampling
-from sdvae.evaluation.stress.seams import Tiling, seams
+from sdvae.evaluation.stress.run import STRESS_TESTS, cycles, precision, resolution, run_stress, sampling, seams
+from sdvae.evaluation.stress.tiling import Tiling
 from sdvae.metrics.table import IMAGE_METRICS
 from sdvae.model.autoencoder import AutoencoderKL
 from sdvae.model.scale import LatentScale
@@ -196,13 +193,7 @@ def test_the_bundled_vae_in_tiles_differs_from_itself_without(photos: list[tuple
 
 
 def _stock_kl() -> nn.Module:
-    return StockAutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=2,
-        sample_size=64,
-    ).eval()
+    return StockAutoencoderKL(**vae_fields(8, 8, 8, 8, norm_num_groups=2, sample_size=64)).eval()
 
 
 def _tiny() -> nn.Module:
