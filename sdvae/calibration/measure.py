@@ -22,7 +22,8 @@ from sdvae.calibration.result import Calibration, Present
 from sdvae.checkpoints.opened import OpenedVae, open_any_vae
 from sdvae.data.batches import Member, OnProgress, Tally, compute_batches, default_workers
 from sdvae.data.images import DEFAULT_MAX_PIXELS, PREPROCESSING_VERSION, image_to_x, read_image_bytes
-from sdvae.data.sources.files import ImageFile, choose_images, find_images
+from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.find import choose_images, find_images
 from sdvae.data.transforms import resize_and_crop
 from sdvae.errors import CheckpointError, ConfigError, ImageError, SdvaeError
 from sdvae.metrics.moments import LatentMoments

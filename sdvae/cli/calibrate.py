@@ -82,7 +82,7 @@ def calibrate_command(
 
 def _print_dry_run(vae: str, images: str, options: dict[str, Any], config_path: str | None, as_json: bool) -> None:
     from sdvae.checkpoints.read import locate
-    from sdvae.data.sources.files import choose_images, find_images
+    from sdvae.data.sources.find import choose_images, find_images
 
     locate(vae)
     found = find_images(images)

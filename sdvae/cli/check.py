@@ -112,7 +112,7 @@ def check_command(
 
 def choose_files(images: str | None, options: AuditOptions) -> list[ImageFile]:
     """The images that an audit measures, of those that are named; of the bundled photographs where none are."""
-    from sdvae.data.sources.files import choose_images, find_images
+    from sdvae.data.sources.find import choose_images, find_images
 
     return choose_images(find_images(_PHOTOS if images is None else images), options.max_images)
 

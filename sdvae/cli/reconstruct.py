@@ -166,7 +166,7 @@ class ReconstructReport:
 
 def _sources(images: str | None, out: Path) -> list[ImageFile]:
     """The images, without those below the output folder: they come from an earlier run."""
-    from sdvae.data.sources.files import find_images
+    from sdvae.data.sources.find import find_images
 
     below = out.resolve()
     found = find_images(_PHOTOS if images is None else images)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sdvae.data.sources.files import ImageFile, choose_images, find_images
+from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.find import choose_images, find_images
 from sdvae.errors import ConfigError
 from sdvae.evaluation.gates import Gate, gate_needs, parse_gate
 from sdvae.evaluation.options import EvaluateOptions

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from sdvae.data.images import EncodedImage
 from sdvae.data.loader import IndexedData, IndexedImages, ShardedImages, StreamedData, TrainingData
 from sdvae.data.sources.datasets import open_dataset
-from sdvae.data.sources.files import find_images
+from sdvae.data.sources.find import find_images
 from sdvae.data.sources.shards import TarShards, find_shards
 from sdvae.data.transforms import RandomCrop
 from sdvae.errors import ConfigError, ImageError, TrainingError

@@ -24,7 +24,8 @@ from sdvae.checkpoints.notes import NOTES_FIELD, update_config
 from sdvae.checkpoints.opened import open_any_vae
 from sdvae.checkpoints.store import bundled_path, load_autoencoder
 from sdvae.data.images import image_to_x, read_image
-from sdvae.data.sources.files import file_digest, find_images
+from sdvae.data.sources.files import file_digest
+from sdvae.data.sources.find import find_images
 from sdvae.data.transforms import pad_to_multiple
 from sdvae.errors import CheckpointError, ConfigError, ImageError
 from sdvae.metrics.latent_health import LatentHealth

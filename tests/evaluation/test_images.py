@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdvae.data.sources.files import ImageFile, choose_images, find_images
+from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.find import choose_images, find_images
 from sdvae.errors import ImageError
 from sdvae.evaluation.images import BLOCK_IMAGES, blocks_of, prepare, slice_of, stand_digest
 from sdvae.evaluation.protocol import PRESETS, Protocol

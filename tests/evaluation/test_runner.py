@@ -25,7 +25,7 @@ from sdvae.checkpoints.opened import open_any_vae
 from sdvae.codec.options import EncodeOptions
 from sdvae.codec.run import decode_folder, encode_folder
 from sdvae.data.images import read_image
-from sdvae.data.sources.files import find_images
+from sdvae.data.sources.find import find_images
 from sdvae.errors import ConfigError, ImageError, MissingWeightsError, OutputExistsError
 from sdvae.evaluation import blocks, compare, conclude, images, measure, runner
 from sdvae.evaluation.options import EvaluateOptions

@@ -54,7 +54,7 @@ from sdvae._torchvision import ensure_torchvision_importable
 from sdvae.checkpoints.opened import open_any_vae
 from sdvae.checkpoints.store import bundled_path
 from sdvae.data.images import round_to_8_bits
-from sdvae.data.sources.files import find_images
+from sdvae.data.sources.find import find_images
 from sdvae.evaluation.images import prepare
 from sdvae.evaluation.options import EvaluateOptions
 from sdvae.evaluation.plan import plan_evaluation

@@ -198,7 +198,7 @@ def _folded(
 def _measured_fold(old: Autoencoder, new: Autoencoder, images: Path | None) -> FoldCheck:
     """Compare the VAE before and after, in float32, on photographs. Raises: CheckpointError where it is not exact."""
     from sdvae.data.images import image_to_x, read_image
-    from sdvae.data.sources.files import find_images
+    from sdvae.data.sources.find import find_images
     from sdvae.data.transforms import resize_and_crop
 
     found = find_images(images or _PHOTOS)

@@ -1,4 +1,4 @@
-"""Images in Hugging Face datasets, as `sources.find_images` gives those in folders: any of them at any time.
+"""Images in Hugging Face datasets, as `find.find_images` gives those in folders: any of them at any time.
 
 A row is found by the name of its dataset and its number, so that another process can read it too; each process opens a
 dataset once. Training reads datasets in its own order instead (training/data.py). The library is imported when a
@@ -38,7 +38,7 @@ class DatasetName:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """Where an image lies in a dataset (`sources.Member`)."""
+    """Where an image lies in a dataset (`files.Member`)."""
 
     dataset: DatasetName
     index: int

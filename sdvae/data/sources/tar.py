@@ -1,4 +1,4 @@
-"""Images in tar files on disk, such as the shards of webdataset, as `sources.find_images` gives those in folders.
+"""Images in tar files on disk, such as the shards of webdataset, as `find.find_images` gives those in folders.
 
 An image is found by where it lies in its tar, so that any of them can be read at any time, in any process. Training
 reads tars in order instead, also from behind URLs (shards.py). Standard library only.
@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from sdvae.data.sources.files import IMAGE_SUFFIXES, FileBytes, ImageFile, find_images, os_reason
+from sdvae.data.sources.files import IMAGE_SUFFIXES, FileBytes, ImageFile, os_reason
 from sdvae.errors import ConfigError, ImageError
 
-__all__ = ["TAR_SUFFIX", "TarMember", "find_images_or_tars"]
+__all__ = ["TAR_SUFFIX", "TarMember", "find_in_tars", "is_tar"]
 
 TAR_SUFFIX = ".tar"
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """Where a file lies in an uncompressed tar (`sources.Member`)."""
+    """Where a file lies in an uncompressed tar (`files.Member`)."""
 
     tar: Path
     offset: int  # bytes
@@ -54,29 +54,26 @@ class TarMember:
         return replace(self, tar=self.tar.absolute())
 
 
-def find_images_or_tars(spec: str | Path) -> list[ImageFile]:
-    """What `find_images` finds; or the images in a tar file, in all that match a glob, or in a folder of tar files.
+def is_tar(path: Path) -> bool:
+    """Whether a path is a tar file, or a glob of tar files."""
+    return path.suffix.lower() == TAR_SUFFIX and (os.path.isfile(path) or glob.has_magic(str(path)))
 
-    A folder with both is taken for a folder of images. The key of an image is the path of its tar below the folder or
-    the fixed part of the glob, then its name in the tar: 000012.tar/cat.jpg. Returns: sorted by key.
+
+def find_in_tars(path: Path) -> list[ImageFile]:
+    """The images in a tar file, in all that match a glob, or in those of a folder.
+
+    The key of an image is the path of its tar below the folder or the fixed part of the glob, then its name in the tar:
+    000012.tar/cat.jpg. Returns: sorted by key.
     Raises: ConfigError where nothing is found, a tar is cut off or compressed, or a name leads out of it.
     """
-    path = Path(spec).expanduser()
-    if os.path.isfile(path) and path.suffix.lower() == TAR_SUFFIX:
-        tars = {path.name: path}
-    elif path.suffix.lower() == TAR_SUFFIX and glob.has_magic(str(path)):
+    if os.path.isdir(path):
+        root, found = path, [tar for tar in path.rglob(f"*{TAR_SUFFIX}") if tar.is_file()]
+    elif os.path.isfile(path):
+        root, found = path.parent, [path]
+    else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        tars = {tar.relative_to(root).as_posix(): tar for tar in found}
-    elif os.path.isdir(path):
-        try:
-            return find_images(path)
-        except ConfigError:
-            tars = {tar.relative_to(path).as_posix(): tar for tar in path.rglob(f"*{TAR_SUFFIX}") if tar.is_file()}
-            if not tars:
-                raise
-    else:
-        return find_images(path)
+    tars = {tar.relative_to(root).as_posix(): tar for tar in found}
     images = [image for name, tar in tars.items() if not name.startswith(".") for image in _images_of(tar, name)]
     if not images:
         raise ConfigError(f"{path}: no image found in {len(tars)} tar files")

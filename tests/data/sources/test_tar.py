@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from sdvae.data.sources.files import ImageFile, find_images
-from sdvae.data.sources.tar import find_images_or_tars
+from sdvae.data.sources.files import ImageFile
+from sdvae.data.sources.find import find_images, find_inputs
+from sdvae.data.sources.tar import find_in_tars
 from sdvae.errors import ConfigError, ImageError
 
 
@@ -27,13 +28,13 @@ def pack(path: Path, files: Mapping[str, bytes]) -> Path:
 FILES = {"a/cat.jpg": b"one", "a/cat.txt": b"a cat", "dog.PNG": b"four", "._dog.png": b"mac", "a/cat.json": b"{}"}
 
 
-def contents(images: list[ImageFile]) -> dict[str, bytes | Path]:
+def contents(images: Sequence[ImageFile]) -> dict[str, bytes | Path]:
     return {image.key: image.content() for image in images}
 
 
 def test_images_of_a_tar_are_found_by_name_with_their_bytes(tmp_path: Path) -> None:
     tar = pack(tmp_path / "0.tar", FILES)
-    images = find_images_or_tars(tar)
+    images = find_in_tars(tar)
     assert contents(images) == {"0.tar/a/cat.jpg": b"one", "0.tar/dog.PNG": b"four"}
     (tmp_path / "one").write_bytes(b"one")
     assert images[0].digest() == ImageFile("one", tmp_path / "one").digest()
@@ -47,15 +48,15 @@ def test_a_folder_and_a_glob_of_tars_keep_tars_of_one_name_apart(tmp_path: Path)
     for folder in ("x", "y"):
         pack(tmp_path / folder / "0.tar", {"cat.jpg": folder.encode()})
     expected = {"x/0.tar/cat.jpg": b"x", "y/0.tar/cat.jpg": b"y"}
-    assert contents(find_images_or_tars(tmp_path)) == expected
-    assert contents(find_images_or_tars(f"{tmp_path}/*/0.tar")) == expected
-    assert contents(find_images_or_tars(f"{tmp_path}/x/*.tar")) == {"0.tar/cat.jpg": b"x"}
+    assert contents(find_inputs(tmp_path)) == expected
+    assert contents(find_inputs(f"{tmp_path}/*/0.tar")) == expected
+    assert contents(find_inputs(f"{tmp_path}/x/*.tar")) == {"0.tar/cat.jpg": b"x"}
 
 
 def test_a_folder_with_images_is_one_of_images(tmp_path: Path) -> None:
     pack(tmp_path / "0.tar", FILES)
     (tmp_path / "b.png").write_bytes(b"")
-    assert find_images_or_tars(tmp_path) == find_images(tmp_path) == [ImageFile("b.png", tmp_path / "b.png")]
+    assert find_inputs(tmp_path) == find_images(tmp_path) == [ImageFile("b.png", tmp_path / "b.png")]
 
 
 @pytest.mark.parametrize(
@@ -75,12 +76,12 @@ def test_a_tar_that_cannot_be_taken_whole_is_refused(
     if cut is not None:
         tar.write_bytes(tar.read_bytes()[:cut])
     with pytest.raises(ConfigError, match=message):
-        find_images_or_tars(tar)
+        find_in_tars(tar)
 
 
 def test_a_tar_that_changed_after_it_was_listed_fails_its_images(tmp_path: Path) -> None:
     tar = pack(tmp_path / "0.tar", {"cat.jpg": b"1" * 5000})
-    (image,) = find_images_or_tars(tar)
+    (image,) = find_in_tars(tar)
     tar.write_bytes(tar.read_bytes()[:1000])
     with pytest.raises(ImageError, match="cat.jpg: the tar is shorter than it was"):
         image.content()
