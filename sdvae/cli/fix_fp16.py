@@ -129,10 +129,8 @@ def _print(fix: Fix, dst: Path, written: bool, dry_run: bool, force: bool, is_do
 
 
 def _print_numbers(fix: Fix) -> None:
-    networks = {"encoder": fix.scale.encoder, "decoder": fix.scale.decoder, **fix.scale.blocks}
-    for name, exponent in networks.items():
-        if exponent:
-            click.echo(f"{name}: scaled by 2^{exponent}")
+    for name, exponent in fix.scale.changes.items():
+        click.echo(f"{name}: scaled by 2^{exponent}")
     rows = [
         ("largest magnitude", *(f"{found.tightest(1)[0].peak:.4g}" for found in (fix.before, fix.after))),
         ("fp16: difference of z", *(_of_probe(found, "z_error") for found in (fix.before, fix.after))),

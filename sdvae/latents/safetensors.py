@@ -70,7 +70,8 @@ class LatentFile:
 
 def to_bytes(header: LatentHeader, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """The file. arrays: those that `header.space` names, (C, h, w), float16 or float32."""
-    return save(dict(arrays), metadata=header.to_metadata())
+    data: bytes = save(dict(arrays), metadata=header.to_metadata())
+    return data
 
 
 def read_tensors(path: Path) -> tuple[LatentHeader, dict[str, Tensor]]:

@@ -59,7 +59,7 @@ class Fix:
     @property
     def needed(self) -> bool:
         """Whether there was anything to fix."""
-        return not _is_nothing(self.scale)
+        return bool(self.scale.changes)
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder is what `save` writes. Raises: CheckpointError if there is no VAE in it."""
@@ -144,7 +144,7 @@ def fix_fp16(
     subject = _subject(checkpoint.tensors, checkpoint.fields, name, device)
     before = audit(subject, images, dtypes=(_FP16,), probe_size_px=probe_size_px)
     scale = choose_exponents(before, headroom_bits)
-    if _is_nothing(scale) and dtype is None:
+    if not scale.changes and dtype is None:
         return _fix(checkpoint, dict(checkpoint.tensors), scale, headroom_bits, before, before, (0.0, 0.0))
     # widened first: what is too small for half precision is none of float32's problems
     source = {n: t.float() if dtype == torch.float32 else t for n, t in checkpoint.tensors.items()}
@@ -180,7 +180,7 @@ def _fix(
     """The result. Raises: CheckpointError where float16 is still out of reach."""
     verdict = after.verdict(_FP16)
     if verdict.level not in ("safe", "at risk"):
-        cause = "no power of two is of use" if _is_nothing(scale) else "not repaired by powers of two"
+        cause = "not repaired by powers of two" if scale.changes else "no power of two is of use"
         raise CheckpointError(f"{before.vae}: {cause}; {verdict.sentence}")
     norm, effect = _largest_epsilon_effect(before, scale)
     upcast = {"force_upcast": False} if verdict.level == "safe" else {}
@@ -294,15 +294,10 @@ def _notes(checkpoint: Checkpoint, scale: StreamScale, name: str, digest: str) -
     notes = {key: value for key, value in checkpoint.notes.items() if key != "conversion"}
     notes |= {"source": name, "source_digest": digest}
     notes |= {ASSUMED_NOTE: list(checkpoint.assumed)} if checkpoint.assumed else {}
-    if _is_nothing(scale):
+    if not scale.changes:
         return notes
-    networks = {"encoder": scale.encoder, "decoder": scale.decoder, **scale.blocks}
-    parts = ", ".join(f"{name} 2^{exponent}" for name, exponent in networks.items() if exponent)
+    parts = ", ".join(f"{name} 2^{exponent}" for name, exponent in scale.changes.items())
     return notes | {"rewrites": [*notes.get("rewrites", []), f"fix-fp16: {parts}"]}
-
-
-def _is_nothing(scale: StreamScale) -> bool:
-    return not (scale.encoder or scale.decoder or any(scale.blocks.values()))
 
 
 def _summary(found: Audit) -> dict[str, Any]:

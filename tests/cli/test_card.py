@@ -34,7 +34,7 @@ def test_a_trained_and_evaluated_vae_gets_its_card_and_can_be_pushed(tmp_path: P
     settings = {
         "run_dir": str(run),
         "data": {"path": str(photos), "num_val_images": 1, "crop_px": 32},
-        "model": {"block_out_channels": [8, 16, 16], "norm_num_groups": 2, "layers_per_block": 1},
+        "model": {"block_out_channels": [4, 8], "norm_num_groups": 2, "layers_per_block": 1},
         "training": {"steps": 2, "batch_size": 2, "num_calibration_images": 2, "cpu": True, "trackers": []},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -84,14 +84,15 @@ def test_check_foretells_the_overflow_and_writes_json_and_a_chart(overflowing: P
     assert again.exit_code == 2 and "audit.json is there already" in again.stderr
     replaced = sdvae("check", overflowing, *SMALL, "--out", tmp_path / "audit", "--overwrite")
     assert replaced.exit_code == 0 and "audit.svg" in replaced.stdout and "overflows by " in replaced.stdout
+    assert "FAILED" not in replaced.stderr  # that is for gates
 
 
-@pytest.mark.parametrize(("gates", "exit_code"), [(("fp16",), 1), (("bf16", "fp16"), 1), ((), 0)])
-def test_a_gate_fails_with_its_reason(overflowing: Path, gates: tuple[str, ...], exit_code: int) -> None:
+@pytest.mark.parametrize("gates", [("fp16",), ("bf16", "fp16")])
+def test_a_gate_fails_with_its_reason(overflowing: Path, gates: tuple[str, ...]) -> None:
     arguments = [part for gate in gates for part in ("--fail-if-unsafe", gate)]
     result = sdvae("check", overflowing, *SMALL, *arguments)
-    assert result.exit_code == exit_code
-    assert ("FAILED: fp16: overflows at encoder.mid_block.resnets.0.conv1" in result.stderr) == bool(gates)
+    assert result.exit_code == 1
+    assert "FAILED: fp16: overflows at encoder.mid_block.resnets.0.conv1" in result.stderr
 
 
 def test_a_gate_that_holds_passes(vae_path: Path) -> None:
@@ -118,8 +119,8 @@ def test_images_that_cannot_be_read_are_named_left_out_and_end_with_3(
         data = json_of(result)
         assert (result.exit_code, data["exit_code"]) == (3, 3)
         assert [failure["key"] for failure in data["failures"]] == ["bad.png"]
+        assert arguments[0] == "fix-fp16" or data["num_images"] == 1
         assert "bad.png" in sdvae(*arguments, *SMALL).stdout
-    assert json_of(sdvae("check", vae_path, images, *SMALL, "--json"))["num_images"] == 1
     alone = sdvae("check", vae_path, images / "bad.png", *SMALL)
     assert alone.exit_code == 1 and "none of the 1 images can be read" in alone.stderr
 

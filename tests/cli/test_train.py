@@ -52,7 +52,7 @@ def write(tmp_path: Path, photos: Path) -> Callable[..., Path]:
         settings: Settings = {
             "run_dir": str(tmp_path / "run"),
             "data": {"path": str(photos), "num_val_images": 1, "crop_px": 32},
-            "model": {"block_out_channels": [8, 16, 16], "norm_num_groups": 2, "layers_per_block": 1},
+            "model": {"block_out_channels": [4, 8], "norm_num_groups": 2, "layers_per_block": 1},
             "training": {"steps": 2, "batch_size": 2, "num_calibration_images": 2, "cpu": True},
         }
         for name, changes in sections.items():
@@ -257,10 +257,10 @@ def test_a_run_folder_is_resumed_or_replaced_only_as_told(write: Callable[..., P
 
     again = refused()
     assert again.exit_code == 2 and "holds a run already; go on with --resume, start afresh with" in again.stderr
-    other_model = refused("--resume", "--set", "model.block_out_channels=[8, 8, 16]")
+    other_model = refused("--resume", "--set", "model.block_out_channels=[4, 4]")
     assert other_model.exit_code == 2
-    assert "'model.block_out_channels' is [8, 8, 16], but the checkpoint" in other_model.stderr
-    assert "step-00000002 has [8, 16, 16]" in other_model.stderr
+    assert "'model.block_out_channels' is [4, 4], but the checkpoint" in other_model.stderr
+    assert "step-00000002 has [4, 8]" in other_model.stderr
     other_parts = refused("--resume", "--set", "loss.adversarial={weight: 0.5, channels: 8, num_layers: 2}")
     assert other_parts.exit_code == 1 and "step-00000002 does not fit this run" in other_parts.stderr
     assert "Resume with the run's own config.yaml" in other_parts.stderr

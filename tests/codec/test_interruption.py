@@ -48,7 +48,7 @@ def whole_files(out: Path) -> int:
 def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
-    images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
+    images = make_images(tmp_path / "images", {f"{i:02}.png": (16, 16) for i in range(COUNT)})
     out = tmp_path / "out"
     with encoding(images, out, vae_path) as process:
         os.kill(process.pid, signal.SIGKILL)
@@ -65,7 +65,7 @@ def test_a_killed_run_leaves_only_whole_files_and_the_next_one_finishes(
 def test_an_interrupted_run_ends_with_130_and_whole_files(
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
-    images = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(COUNT)})
+    images = make_images(tmp_path / "images", {f"{i:02}.png": (16, 16) for i in range(COUNT)})
     out = tmp_path / "out"
     with encoding(images, out, vae_path) as process:
         process.send_signal(signal.SIGINT)

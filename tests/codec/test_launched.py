@@ -99,7 +99,7 @@ def test_a_script_under_a_launcher_divides_the_images_too(
 def test_the_main_process_does_not_wait_for_one_that_was_killed(
     tmp_path: Path, make_images: MakeImages, vae_path: Path
 ) -> None:
-    images, out = make_images(tmp_path / "images", {f"{i:02}.png": (64, 64) for i in range(40)}), tmp_path / "out"
+    images, out = make_images(tmp_path / "images", {f"{i:02}.png": (16, 16) for i in range(40)}), tmp_path / "out"
     processes = fork_launched(
         run_sdvae, ["encode", str(images), str(out), "--vae", str(vae_path)], 0.2, count=2, folder=tmp_path
     )

@@ -318,15 +318,21 @@ def test_a_second_run_does_nothing_and_a_touched_file_is_recognised(
     ],
 )
 def test_options_that_change_the_latents_make_them_stale(
-    tmp_path: Path, make_images: MakeImages, vae_path: Path, changes: dict[str, object], reason: str | None
+    tmp_path: Path,
+    make_images: MakeImages,
+    vae_path: Path,
+    opened_vae: OpenedVae,
+    changes: dict[str, object],
+    reason: str | None,
 ) -> None:
+    vae = vae_path if "dtype" in changes else opened_vae  # that computes in its own
     images = make_images(tmp_path / "images", {"a.png": (24, 24)})
-    encode_folder(images, tmp_path / "latents", vae=vae_path)
-    run = EncodeRun(images, tmp_path / "latents", vae_path, EncodeOptions(**changes))  # type: ignore[arg-type]
+    encode_folder(images, tmp_path / "latents", vae=opened_vae)
+    run = EncodeRun(images, tmp_path / "latents", vae, EncodeOptions(**changes))  # type: ignore[arg-type]
     (item,) = run.plan.items
     assert item.reason == ("up to date" if reason is None else f"stale: {reason}")
     assert run.run().done == (0 if reason is None else 1)
-    assert EncodeRun(images, tmp_path / "latents", vae_path, EncodeOptions(**changes)).plan.jobs == ()  # type: ignore[arg-type]
+    assert EncodeRun(images, tmp_path / "latents", vae, EncodeOptions(**changes)).plan.jobs == ()  # type: ignore[arg-type]
 
 
 def test_latents_and_their_files_have_the_statistics_of_the_vae(

@@ -93,8 +93,9 @@ BUILDERS: dict[str, Callable[[list[EncodedImage]], TrainingData]] = {
 }
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    ("name", "num_workers"), [*((name, 0) for name in BUILDERS), ("indexed", 2), ("shards", 2), ("one shard", 2)]
+)
 def test_a_saved_position_continues_with_the_next_samples_bit_for_bit(
     damaged: list[EncodedImage], name: str, num_workers: int
 ) -> None:

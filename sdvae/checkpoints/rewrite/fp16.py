@@ -54,6 +54,12 @@ class StreamScale:
                     f"StreamScale.{name} is {exponent!r}; expected a whole number, at most {MAX_EXPONENT} in size"
                 )
 
+    @property
+    def changes(self) -> dict[str, int]:
+        """The exponents that are not 0, by the name of the network or module."""
+        named = {"encoder": self.encoder, "decoder": self.decoder, **self.blocks}
+        return {name: exponent for name, exponent in named.items() if exponent}
+
 
 def rescale_streams(tensors: Mapping[str, Tensor], fields: Mapping[str, Any], scale: StreamScale) -> dict[str, Tensor]:
     """Scale activations inside a VAE by powers of two that its next GroupNorm cancels, so that float16 can hold them.
