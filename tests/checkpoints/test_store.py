@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvae import files
-from sdvae.checkpoints import read, store
+from sdvae.checkpoints import read
 from sdvae.checkpoints.fit import autoencoder_digest
 from sdvae.checkpoints.read import load_network
 from sdvae.checkpoints.store import load_autoencoder, save_autoencoder, to_diffusers
@@ -565,7 +565,7 @@ def test_a_local_folder_hides_the_hub_id_of_the_same_name(hub: type[Hub], saved:
 def test_a_missing_bundled_vae_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "BUNDLED_NAME", "no-such-vae")
     for ref in (None, "no-such-vae"):
-        assert f"looked in {store.bundled_path()}" in error_of(ref, MissingWeightsError)
+        assert f"looked in {read.bundled_path()}" in error_of(ref, MissingWeightsError)
 
 
 def test_the_bundled_vae_loads_by_default_and_by_name() -> None:

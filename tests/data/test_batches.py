@@ -95,7 +95,7 @@ def test_a_folder_of_many_shapes_does_not_pile_up() -> None:
 def numbers(count: int) -> Generator[tuple[list[Member], list[int]], None, None]:
     """Batches of one, with their number as the result."""
     for number in range(count):
-        yield [Member(ImageFile(str(number), Path(str(number))), torch.ones(1))], [number]
+        yield [Member(ImageFile(str(number), Path(str(number))), torch.ones(1, 1, 1))], [number]
 
 
 def test_writes_are_reported_in_order_and_the_queue_is_bounded() -> None:
